@@ -1,0 +1,170 @@
+"""One configuration, frozen, validated once, passed in slices. ``docs/config.md`` is generated from the fields here.
+
+Sources, weakest first: defaults, the YAML file, command-line flags. Unknown keys and bad values raise
+:class:`baton.errors.ConfigError` that names the key's path and what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from baton.errors import ConfigError
+
+CodecName = Literal["raw", "lossless", "int8"]
+TransportName = Literal["nixl", "tcp", "loopback"]
+QualityFloor = Literal["exact", "int8"]
+CODECS: tuple[str, ...] = get_args(CodecName)
+TRANSPORTS: tuple[str, ...] = get_args(TransportName)
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+
+
+class ModelConfig(_Frozen):
+    id: Annotated[str, Field(min_length=1)] = Field(
+        "smollm2-135m-instruct", description="Embedded model name, Hugging Face folder or hub id, or a .gguf file."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Compute and KV dtype. auto: bfloat16 where the hardware multiplies it, else float32."
+    )
+    cache_dir: str = Field("~/.cache/baton", description="Where converted models are kept.")
+    max_context: Count = Field(2048, description="Longest prompt + output, in tokens; capped by the model's own.")
+
+
+class PoolConfig(_Frozen):
+    replicas: Annotated[int, Field(ge=0)] = Field(1, description="Worker processes in this pool.")
+    page_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens per KV page.")
+    kv_tokens: Count = Field(32768, description="KV capacity of one worker, in tokens.")
+    step_tokens: Count = Field(512, description="Token budget of one engine step (prefill chunks and decodes).")
+    max_running: Count = Field(64, description="Most sequences in one step.")
+    max_waiting: Count = Field(256, description="Most sequences that wait; beyond it RESOURCE_EXHAUSTED.")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="Torch threads of one worker; 0: its share of the cores.")
+    cpus: Annotated[float, Field(gt=0)] = Field(0.5, description="Ray CPUs that one worker reserves.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that one worker reserves.")
+
+    @model_validator(mode="after")
+    def _pages_fit(self) -> PoolConfig:
+        if self.kv_tokens < self.page_tokens:
+            raise ValueError(f"kv_tokens {self.kv_tokens} is less than one page of {self.page_tokens} tokens")
+        return self
+
+
+class HandoffConfig(_Frozen):
+    transport: TransportName = Field("nixl", description="How KV crosses from prefill to decode.")
+    codec: CodecName = Field("lossless", description="Codec of requests that name none.")
+    quality_floor: QualityFloor = Field("exact", description="Lossy codecs are refused unless this allows them.")
+    lease_s: Seconds = Field(30.0, description="A reservation without a sign of life is freed after this long.")
+    stall_s: Seconds = Field(5.0, description="A transfer that makes no progress for this long is lost.")
+    landing_bytes: Count = Field(256 << 20, description="Landing buffers of one decode worker.")
+    staging_bytes: Count = Field(512 << 20, description="Staged, encoded KV of one prefill worker.")
+    ucx_tls: str = Field("", description="UCX_TLS for NIXL; empty leaves UCX's own choice.")
+
+    @model_validator(mode="after")
+    def _default_codec_meets_floor(self) -> HandoffConfig:
+        if self.codec == "int8" and self.quality_floor == "exact":
+            raise ValueError("codec int8 is lossy; set quality_floor: int8 to allow it")
+        return self
+
+
+class RouterConfig(_Frozen):
+    replicas: Count = Field(1, description="Router processes.")
+    max_inflight: Count = Field(512, description="Most requests in one router; beyond it RESOURCE_EXHAUSTED.")
+    deadline_s: Seconds = Field(600.0, description="Deadline of requests that give none, and the longest one allowed.")
+    connect_s: Seconds = Field(5.0, description="Longest wait for a worker's connection or answer.")
+    max_request_bytes: Count = Field(4 << 20, description="Largest request accepted.")
+
+
+class IngressConfig(_Frozen):
+    host: str = Field("127.0.0.1", description="Address the endpoints are announced under.")
+    grpc_port: Port = Field(9000, description="Port of the gRPC endpoint.")
+    http_port: Port = Field(8000, description="Port of the HTTP endpoint.")
+
+
+class Config(_Frozen):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] = Field("baton", description="Name of the cluster.")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    prefill: PoolConfig = Field(default_factory=lambda: PoolConfig())
+    decode: PoolConfig = Field(default_factory=lambda: PoolConfig())
+    handoff: HandoffConfig = Field(default_factory=HandoffConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    ingress: IngressConfig = Field(default_factory=IngressConfig)
+
+    @model_validator(mode="after")
+    def _context_fits_pools(self) -> Config:
+        if self.decode.replicas < 1:
+            raise ValueError("decode.replicas must be at least 1")
+        for pool in ("prefill", "decode"):
+            tokens = getattr(self, pool).kv_tokens
+            if tokens < self.model.max_context:
+                raise ValueError(f"{pool}.kv_tokens {tokens} cannot hold one model.max_context of {self.model.max_context}")
+        return self
+
+    def with_flags(self, flags: dict[str, Any]) -> Config:
+        """A copy with dotted ``flags`` (None values skipped) set over it, validated again."""
+        tree = self.model_dump()
+        for path, value in flags.items():
+            if value is None:
+                continue
+            *parents, leaf = path.split(".")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = value
+        return parse(tree)
+
+
+def parse(tree: Any, *, source: str = "configuration") -> Config:
+    """A :class:`Config` from plain mappings; raises :class:`ConfigError` that names every bad key of the first kind."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source} must be a mapping, is {type(tree).__name__}")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def load(path: str | os.PathLike[str] | None) -> Config:
+    """The configuration in the YAML file at ``path``, or the defaults for None."""
+    if path is None:
+        return Config()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    return parse({} if tree is None else tree, source=str(path))
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key; allowed here: {', '.join(_keys_at(first['loc'][:-1]))}"
+    elif not isinstance(first.get("input"), dict):
+        message = f"{message}; got {first.get('input')!r}"
+    others = len(error.errors()) - 1
+    more = f" (and {others} more)" if others else ""
+    return ConfigError(f"{message}{more} [{source}]", field=path)
+
+
+def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

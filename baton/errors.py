@@ -1,0 +1,98 @@
+"""The error tree. Each class says who must act.
+
+    BatonError
+    ├── InvalidRequest     the client is wrong: fix the named field       INVALID_ARGUMENT
+    ├── NotFound           the client is wrong: no such thing             NOT_FOUND
+    ├── Overloaded         the client should come back later              RESOURCE_EXHAUSTED
+    ├── DeadlineExceeded   nobody: the time the client gave is used up    DEADLINE_EXCEEDED
+    ├── Cancelled          nobody: the client went away                   CANCELLED
+    ├── Unavailable        retry elsewhere: a worker or link is gone      UNAVAILABLE
+    ├── Internal           an operator: a bug, with the log beside it     INTERNAL
+    └── ConfigError        an operator: the process must not start
+
+Errors cross process boundaries as ``(code, message, field, retry_after_ms)``; :func:`from_code` rebuilds them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class BatonError(Exception):
+    """Base of every error that Baton raises on purpose. ``code`` is the gRPC status name."""
+
+    code: ClassVar[str] = "INTERNAL"
+
+    def __init__(self, message: str, *, field: str = "", retry_after_ms: int = 0) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_ms = retry_after_ms
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+
+class InvalidRequest(BatonError):
+    code = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message, field=field)
+
+
+class NotFound(BatonError):
+    code = "NOT_FOUND"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message, field=field)
+
+
+class Overloaded(BatonError):
+    code = "RESOURCE_EXHAUSTED"
+
+
+class DeadlineExceeded(BatonError):
+    code = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(BatonError):
+    code = "CANCELLED"
+
+
+class Unavailable(BatonError):
+    code = "UNAVAILABLE"
+
+
+class Internal(BatonError):
+    code = "INTERNAL"
+
+
+class ConfigError(BatonError):
+    """A configuration value is wrong. ``field`` is the dotted path of the key."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class ProtocolError(BatonError):
+    """Bytes from the wire do not have the agreed shape; the connection they came on is closed."""
+
+    code = "INTERNAL"
+
+
+def from_code(code: str, message: str, *, field: str = "", retry_after_ms: int = 0) -> BatonError:
+    """The error that another process reported, as an exception of the matching class."""
+    match code:
+        case "INVALID_ARGUMENT":
+            return InvalidRequest(field, message)
+        case "NOT_FOUND":
+            return NotFound(field, message)
+        case "RESOURCE_EXHAUSTED":
+            return Overloaded(message, field=field, retry_after_ms=retry_after_ms)
+        case "DEADLINE_EXCEEDED":
+            return DeadlineExceeded(message, field=field)
+        case "CANCELLED":
+            return Cancelled(message, field=field)
+        case "UNAVAILABLE":
+            return Unavailable(message, field=field, retry_after_ms=retry_after_ms)
+        case _:
+            return Internal(message, field=field)

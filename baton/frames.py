@@ -1,0 +1,84 @@
+"""Length-prefixed frames over a TCP stream: the token plane and the handoff's control connection speak these.
+
+A frame is a 4-byte little-endian length and that many bytes. One writer task is not needed: ``send`` appends to the
+transport's buffer, which is bounded; a peer that does not read is cut off rather than buffered without end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from typing import Any, Self
+
+from baton.errors import ProtocolError, Unavailable
+from baton.records import Registry, pack
+
+MAX_FRAME_BYTES = 16 << 20
+MAX_UNSENT_BYTES = 64 << 20
+_HEADER = struct.Struct("<I")
+
+
+class FrameStream:
+    """One connection that carries records of one :class:`Registry` both ways. Close it, or use it with ``async with``."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, registry: Registry) -> None:
+        self._reader, self._writer, self._registry = reader, writer, registry
+        sock = writer.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @classmethod
+    async def connect(cls, host: str, port: int, registry: Registry, *, timeout_s: float) -> FrameStream:
+        """Connects within ``timeout_s``; raises :class:`Unavailable`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                reader, writer = await asyncio.open_connection(host, port)
+        except (OSError, TimeoutError) as error:
+            raise Unavailable(f"cannot connect to {host}:{port}: {error or 'timed out'}") from None
+        return cls(reader, writer, registry)
+
+    @property
+    def peer(self) -> str:
+        name = self._writer.get_extra_info("peername")
+        return f"{name[0]}:{name[1]}" if name else "?"
+
+    def send(self, record: object) -> None:
+        """Queues one record; raises :class:`Unavailable` when the peer is gone or has stopped reading."""
+        body = pack(record)
+        if len(body) > MAX_FRAME_BYTES:
+            raise ProtocolError(f"{type(record).__name__} of {len(body)} bytes exceeds {MAX_FRAME_BYTES}")
+        transport = self._writer.transport
+        if transport.is_closing():
+            raise Unavailable(f"connection to {self.peer} is closed")
+        if transport.get_write_buffer_size() + len(body) > MAX_UNSENT_BYTES:
+            self.abort()
+            raise Unavailable(f"{self.peer} does not read; connection cut")
+        transport.write(_HEADER.pack(len(body)) + body)
+
+    async def receive(self) -> Any | None:
+        """The next record, or None at the end of the stream. Raises :class:`ProtocolError` for bad bytes."""
+        try:
+            (length,) = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
+            if length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
+            return self._registry.unpack(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+            return None
+
+    def abort(self) -> None:
+        """Drops the connection at once, unsent bytes included."""
+        self._writer.transport.abort()
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._writer.wait_closed()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()

@@ -1,0 +1,116 @@
+"""Typed records on msgpack: frozen dataclasses in, lists out, and back with every field's type checked.
+
+Bytes from the wire are hostile, so :func:`unpack` bounds sizes while msgpack parses and checks each value against the
+dataclass's annotations before anything is built. Never pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import msgpack
+
+from baton.errors import ProtocolError
+
+MAX_DEPTH_ITEMS = 4_000_000  # elements in any one array: a 1M-token prompt fits four times
+
+
+def pack(record: object) -> bytes:
+    """``record`` (a dataclass registered in some :class:`Registry`) as msgpack bytes: ``[tag, *fields]``."""
+    return bytes(msgpack.packb([type(record).__name__, *_fields(record)], default=_default, use_bin_type=True))
+
+
+def _fields(record: object) -> list[Any]:
+    return [getattr(record, f.name) for f in dataclasses.fields(typing.cast(Any, record))]
+
+
+def _default(value: object) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _fields(value)
+    raise TypeError(f"cannot pack {type(value).__name__}")
+
+
+class Registry:
+    """The closed set of records that one protocol speaks; anything else on its wire is an error."""
+
+    def __init__(self, *records: type) -> None:
+        self._records: Mapping[str, type] = {record.__name__: record for record in records}
+
+    def unpack(self, body: bytes | memoryview) -> Any:
+        """The record in ``body``. Raises :class:`ProtocolError` for anything that is not exactly one known record."""
+        try:
+            raw = msgpack.unpackb(
+                body, raw=False, use_list=True, strict_map_key=True,
+                max_array_len=MAX_DEPTH_ITEMS, max_map_len=4096, max_ext_len=0,
+            )  # fmt: skip
+        except (ValueError, msgpack.UnpackException, RecursionError) as error:
+            raise ProtocolError(f"not msgpack: {error}") from None
+        if not isinstance(raw, list) or not raw or not isinstance(raw[0], str) or raw[0] not in self._records:
+            raise ProtocolError(f"unknown record; known: {', '.join(self._records)}")
+        return _build(self._records[raw[0]], raw[1:])
+
+
+def _build(record: type, values: list[Any]) -> Any:
+    checks = _checks(record)
+    if len(values) != len(checks):
+        raise ProtocolError(f"{record.__name__}: {len(values)} fields, expected {len(checks)}")
+    built = []
+    for (name, check), value in zip(checks, values, strict=True):
+        try:
+            built.append(check(value))
+        except TypeError as error:
+            raise ProtocolError(f"{record.__name__}.{name}: {error}") from None
+    return record(*built)
+
+
+@cache
+def _checks(record: type) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
+    hints = typing.get_type_hints(record)
+    return tuple((f.name, _check(hints[f.name])) for f in dataclasses.fields(record))
+
+
+def _check(hint: Any) -> Callable[[Any], Any]:
+    """A function that returns the value as ``hint`` demands it, or raises TypeError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is float:
+        return _float
+    if hint in (int, str, bytes, bool):
+        return lambda value: value if type(value) is hint else _refuse(value, hint.__name__)
+    if dataclasses.is_dataclass(hint):
+        nested = typing.cast(type, hint)
+        return lambda value: _build(nested, value) if isinstance(value, list) else _refuse(value, nested.__name__)
+    if origin is types.UnionType and args[1:] == (type(None),):
+        inner = _check(args[0])
+        return lambda value: None if value is None else inner(value)
+    if origin is tuple and args[1:] == (Ellipsis,):
+        if args[0] is int:
+            return _ints
+        item = _check(args[0])
+        return lambda value: tuple(map(item, value)) if isinstance(value, list) else _refuse(value, "list")
+    if origin is dict and args[0] is str:
+        item = _check(args[1])
+        return lambda value: (
+            {key if isinstance(key, str) else _refuse(key, "str"): item(v) for key, v in value.items()}
+            if isinstance(value, dict)
+            else _refuse(value, "map")
+        )
+    raise AssertionError(f"records cannot carry {hint!r}")
+
+
+def _float(value: Any) -> float:
+    return float(value) if type(value) in (int, float) else _refuse(value, "float")
+
+
+def _ints(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        return _refuse(value, "list of int")
+    return tuple(value)
+
+
+def _refuse(value: Any, wanted: str) -> Any:
+    raise TypeError(f"is {type(value).__name__}, expected {wanted}")
