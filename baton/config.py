@@ -32,25 +32,33 @@ class _Frozen(BaseModel):
 
 class ModelConfig(_Frozen):
     id: Annotated[str, Field(min_length=1)] = Field(
-        "smollm2-135m-instruct", description="Embedded model name, Hugging Face folder or hub id, or a .gguf file."
+        default="smollm2-135m-instruct",
+        description="Embedded model name, Hugging Face folder or hub id, or a .gguf file.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Compute and KV dtype. auto: bfloat16 where the hardware multiplies it, else float32."
+        default="auto",
+        description="Compute and KV dtype. auto: bfloat16 where the hardware multiplies it, else float32.",
     )
-    cache_dir: str = Field("~/.cache/baton", description="Where converted models are kept.")
-    max_context: Count = Field(2048, description="Longest prompt + output, in tokens; capped by the model's own.")
+    cache_dir: str = Field(default="~/.cache/baton", description="Where converted models are kept.")
+    max_context: Count = Field(
+        default=2048, description="Longest prompt + output, in tokens; capped by the model's own."
+    )
 
 
 class PoolConfig(_Frozen):
-    replicas: Annotated[int, Field(ge=0)] = Field(1, description="Worker processes in this pool.")
-    page_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens per KV page.")
-    kv_tokens: Count = Field(32768, description="KV capacity of one worker, in tokens.")
-    step_tokens: Count = Field(512, description="Token budget of one engine step (prefill chunks and decodes).")
-    max_running: Count = Field(64, description="Most sequences in one step.")
-    max_waiting: Count = Field(256, description="Most sequences that wait; beyond it RESOURCE_EXHAUSTED.")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="Torch threads of one worker; 0: its share of the cores.")
-    cpus: Annotated[float, Field(gt=0)] = Field(0.5, description="Ray CPUs that one worker reserves.")
-    resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that one worker reserves.")
+    replicas: Annotated[int, Field(ge=0)] = Field(default=1, description="Worker processes in this pool.")
+    page_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, description="Tokens per KV page.")
+    kv_tokens: Count = Field(default=32768, description="KV capacity of one worker, in tokens.")
+    step_tokens: Count = Field(default=512, description="Token budget of one engine step (prefill chunks and decodes).")
+    max_running: Count = Field(default=64, description="Most sequences in one step.")
+    max_waiting: Count = Field(default=256, description="Most sequences that wait; beyond it RESOURCE_EXHAUSTED.")
+    threads: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Torch threads of one worker; 0: its share of the cores."
+    )
+    cpus: Annotated[float, Field(gt=0)] = Field(default=0.5, description="Ray CPUs that one worker reserves.")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="Ray custom resources that one worker reserves."
+    )
 
     @model_validator(mode="after")
     def _pages_fit(self) -> PoolConfig:
@@ -60,14 +68,16 @@ class PoolConfig(_Frozen):
 
 
 class HandoffConfig(_Frozen):
-    transport: TransportName = Field("nixl", description="How KV crosses from prefill to decode.")
-    codec: CodecName = Field("lossless", description="Codec of requests that name none.")
-    quality_floor: QualityFloor = Field("exact", description="Lossy codecs are refused unless this allows them.")
-    lease_s: Seconds = Field(30.0, description="A reservation without a sign of life is freed after this long.")
-    stall_s: Seconds = Field(5.0, description="A transfer that makes no progress for this long is lost.")
-    landing_bytes: Count = Field(256 << 20, description="Landing buffers of one decode worker.")
-    staging_bytes: Count = Field(512 << 20, description="Staged, encoded KV of one prefill worker.")
-    ucx_tls: str = Field("", description="UCX_TLS for NIXL; empty leaves UCX's own choice.")
+    transport: TransportName = Field(default="nixl", description="How KV crosses from prefill to decode.")
+    codec: CodecName = Field(default="lossless", description="Codec of requests that name none.")
+    quality_floor: QualityFloor = Field(
+        default="exact", description="Lossy codecs are refused unless this allows them."
+    )
+    lease_s: Seconds = Field(default=30.0, description="A reservation without a sign of life is freed after this long.")
+    stall_s: Seconds = Field(default=5.0, description="A transfer that makes no progress for this long is lost.")
+    landing_bytes: Count = Field(default=256 << 20, description="Landing buffers of one decode worker.")
+    staging_bytes: Count = Field(default=512 << 20, description="Staged, encoded KV of one prefill worker.")
+    ucx_tls: str = Field(default="", description="UCX_TLS for NIXL; empty leaves UCX's own choice.")
 
     @model_validator(mode="after")
     def _default_codec_meets_floor(self) -> HandoffConfig:
@@ -77,24 +87,28 @@ class HandoffConfig(_Frozen):
 
 
 class RouterConfig(_Frozen):
-    replicas: Count = Field(1, description="Router processes.")
-    max_inflight: Count = Field(512, description="Most requests in one router; beyond it RESOURCE_EXHAUSTED.")
-    deadline_s: Seconds = Field(600.0, description="Deadline of requests that give none, and the longest one allowed.")
-    connect_s: Seconds = Field(5.0, description="Longest wait for a worker's connection or answer.")
-    max_request_bytes: Count = Field(4 << 20, description="Largest request accepted.")
+    replicas: Count = Field(default=1, description="Router processes.")
+    max_inflight: Count = Field(default=512, description="Most requests in one router; beyond it RESOURCE_EXHAUSTED.")
+    deadline_s: Seconds = Field(
+        default=600.0, description="Deadline of requests that give none, and the longest one allowed."
+    )
+    connect_s: Seconds = Field(default=5.0, description="Longest wait for a worker's connection or answer.")
+    max_request_bytes: Count = Field(default=4 << 20, description="Largest request accepted.")
 
 
 class IngressConfig(_Frozen):
-    host: str = Field("127.0.0.1", description="Address the endpoints are announced under.")
-    grpc_port: Port = Field(9000, description="Port of the gRPC endpoint.")
-    http_port: Port = Field(8000, description="Port of the HTTP endpoint.")
+    host: str = Field(default="127.0.0.1", description="Address the endpoints are announced under.")
+    grpc_port: Port = Field(default=9000, description="Port of the gRPC endpoint.")
+    http_port: Port = Field(default=8000, description="Port of the HTTP endpoint.")
 
 
 class Config(_Frozen):
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] = Field("baton", description="Name of the cluster.")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] = Field(
+        default="baton", description="Name of the cluster."
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
-    prefill: PoolConfig = Field(default_factory=lambda: PoolConfig())
-    decode: PoolConfig = Field(default_factory=lambda: PoolConfig())
+    prefill: PoolConfig = Field(default_factory=PoolConfig)
+    decode: PoolConfig = Field(default_factory=PoolConfig)
     handoff: HandoffConfig = Field(default_factory=HandoffConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
@@ -106,7 +120,9 @@ class Config(_Frozen):
         for pool in ("prefill", "decode"):
             tokens = getattr(self, pool).kv_tokens
             if tokens < self.model.max_context:
-                raise ValueError(f"{pool}.kv_tokens {tokens} cannot hold one model.max_context of {self.model.max_context}")
+                raise ValueError(
+                    f"{pool}.kv_tokens {tokens} cannot hold one model.max_context of {self.model.max_context}"
+                )
         return self
 
     def with_flags(self, flags: dict[str, Any]) -> Config:

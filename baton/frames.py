@@ -21,7 +21,7 @@ _HEADER = struct.Struct("<I")
 
 
 class FrameStream:
-    """One connection that carries records of one :class:`Registry` both ways. Close it, or use it with ``async with``."""
+    """One connection that carries records of one :class:`Registry` both ways; close it or use ``async with``."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, registry: Registry) -> None:
         self._reader, self._writer, self._registry = reader, writer, registry

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import msgpack
 
@@ -108,9 +108,9 @@ def _float(value: Any) -> float:
 
 def _ints(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(item) is int for item in value):
-        return _refuse(value, "list of int")
+        _refuse(value, "list of int")
     return tuple(value)
 
 
-def _refuse(value: Any, wanted: str) -> Any:
+def _refuse(value: Any, wanted: str) -> NoReturn:
     raise TypeError(f"is {type(value).__name__}, expected {wanted}")

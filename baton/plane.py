@@ -1,0 +1,98 @@
+"""The worker's side of the token plane: accept routers, say Hello, hand their records to the worker, push its load."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from baton.errors import BatonError, ProtocolError, Unavailable
+from baton.frames import FrameStream
+from baton.messages import HEARTBEAT_S, PLANE, Failed, Hello, Load
+
+log = logging.getLogger(__name__)
+
+LOAD_CHANGED_S = 0.05  # how soon a changed load is pushed; an unchanged one goes out as a heartbeat
+
+
+class PlaneHandler(Protocol):
+    """What a worker does with its routers. All methods run on the event loop and return at once."""
+
+    def received(self, link: FrameStream, record: object) -> None:
+        """One record came from ``link``."""
+
+    def gone(self, link: FrameStream) -> None:
+        """The router behind ``link`` is gone: free everything held for it."""
+
+    def load(self) -> Load:
+        """What the worker holds now."""
+
+
+class PlaneServer:
+    """Listens for routers on ``host``; ``port`` is known after :meth:`start`."""
+
+    def __init__(self, handler: PlaneHandler, hello: Hello, *, host: str) -> None:
+        self._handler, self._hello, self._host = handler, hello, host
+        self._links: set[FrameStream] = set()
+        self._pushed: Load | None = None
+        self._server: asyncio.Server | None = None
+        self._pusher: asyncio.Task[None] | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._accept, self._host, 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        self._pusher = asyncio.create_task(self._push_load(), name="load")
+
+    async def close(self) -> None:
+        if self._pusher is not None:
+            self._pusher.cancel()
+        if self._server is not None:
+            self._server.close()
+        for link in list(self._links):
+            link.abort()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        link = FrameStream(reader, writer, PLANE)
+        self._links.add(link)
+        log.info("router %s connected", link.peer)
+        try:
+            link.send(self._hello)
+            link.send(self._handler.load())
+            while (record := await link.receive()) is not None:
+                self._handler.received(link, record)
+        except (ProtocolError, Unavailable) as error:
+            log.warning("router %s: %s; connection closed", link.peer, error)
+        finally:
+            self._links.discard(link)
+            link.abort()
+            self._handler.gone(link)
+            log.info("router %s disconnected", link.peer)
+
+    async def _push_load(self) -> None:
+        last_push_s = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(LOAD_CHANGED_S)
+            load = self._handler.load()
+            if load == self._pushed and loop.time() - last_push_s < HEARTBEAT_S:
+                continue
+            self._pushed, last_push_s = load, loop.time()
+            for link in list(self._links):
+                try:
+                    link.send(load)
+                except Unavailable:
+                    link.abort()
+
+
+def answer(link: FrameStream, record: object) -> None:
+    """Sends ``record`` if its router is still there; a router that is gone frees its requests by :meth:`gone`."""
+    try:
+        link.send(record)
+    except Unavailable as error:
+        log.info("%s not delivered: %s", type(record).__name__, error)
+
+
+def failure(request_id: str, error: BatonError) -> Failed:
+    """``error`` as the record that tells a router about it."""
+    return Failed(request_id, error.code, error.message, error.field, error.retry_after_ms)

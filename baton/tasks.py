@@ -1,0 +1,56 @@
+"""The tasks a worker runs for its routers: one per request, owned by the connection it came on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Hashable
+
+from baton.errors import ProtocolError
+
+log = logging.getLogger(__name__)
+
+
+class Jobs:
+    """Tasks keyed by (owner, request id); an owner that goes away takes its tasks with it."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[Hashable, dict[str, asyncio.Task[None]]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tasks.values()))
+
+    def start(self, owner: Hashable, request_id: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Runs ``work()`` until it ends or is cancelled. Its own errors are its to answer; others are logged here."""
+        tasks = self._tasks.setdefault(owner, {})
+        if request_id in tasks:
+            raise ProtocolError(f"request id {request_id} is in use on this connection")
+        task = asyncio.create_task(work(), name=request_id)
+        tasks[request_id] = task
+        task.add_done_callback(lambda done: self._ended(owner, request_id, done))
+
+    def cancel(self, owner: Hashable, request_id: str) -> None:
+        task = self._tasks.get(owner, {}).get(request_id)
+        if task is not None:
+            task.cancel()
+
+    def cancel_all(self, owner: Hashable) -> None:
+        for task in list(self._tasks.get(owner, {}).values()):
+            task.cancel()
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Cancels everything and waits for it, at most ``timeout_s``."""
+        tasks = [task for owned in self._tasks.values() for task in owned.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_s)
+
+    def _ended(self, owner: Hashable, request_id: str, task: asyncio.Task[None]) -> None:
+        tasks = self._tasks.get(owner, {})
+        if tasks.get(request_id) is task:
+            del tasks[request_id]
+        if not tasks:
+            self._tasks.pop(owner, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("request %s: %r", request_id, error, exc_info=error)

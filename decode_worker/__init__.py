@@ -1,0 +1,1 @@
+"""Admission of landed KV, continuous batching, and token streaming to the routers."""

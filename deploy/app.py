@@ -1,0 +1,166 @@
+"""The Serve application: one ingress deployment (the router) and two pools of workers behind it.
+
+Serve owns life cycle, health and the ingress ports; neither tokens between workers nor KV pass through it
+(docs/adr/0002). ``build`` is the import path of every deployment form: local, Ray cluster and KubeRay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.grpc_util import RayServegRPCContext
+from grpc_health.v1 import health_pb2
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from baton.config import Config, PoolConfig, parse
+from baton.wire import inference_pb2
+from decode_worker.worker import DecodeWorker
+from deploy.discovery import DEPLOYMENTS, Directory
+from engine import hub
+from engine.build import load_model
+from prefill_worker.worker import PrefillWorker
+from router.peers import Role
+from router.service import InferenceService
+
+log = logging.getLogger(__name__)
+
+SERVICER_FUNCTIONS = [
+    "baton.wire.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+]
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application for the configuration tree ``args``; raises ConfigError for a bad one."""
+    config = parse(args)
+    tree = config.model_dump()
+    pools = {
+        role: deployment.options(
+            name=DEPLOYMENTS[role],
+            num_replicas=pool.replicas,
+            ray_actor_options={"num_cpus": pool.cpus, "resources": pool.resources},
+        ).bind(tree)
+        for role, deployment, pool in _pools(config)
+        if pool.replicas
+    }
+    router = RouterReplica.options(
+        num_replicas=config.router.replicas,
+        max_ongoing_requests=2 * config.router.max_inflight,  # the router refuses before Serve would queue
+    )
+    return router.bind(tree, list(pools.values()))
+
+
+def _pools(config: Config) -> list[tuple[Role, Any, PoolConfig]]:
+    return [("prefill", PrefillReplica, config.prefill), ("decode", DecodeReplica, config.decode)]
+
+
+@serve.deployment(name="router", ray_actor_options={"num_cpus": 0.1}, health_check_period_s=2)
+class RouterReplica:
+    """The ingress: Serve calls the methods below by their gRPC names; all sense lives in ``router.service``."""
+
+    async def __init__(self, tree: dict[str, Any], pools: list[Any]) -> None:
+        config = parse(tree)
+        folder = await asyncio.to_thread(hub.resolve, config.model.id, Path(config.model.cache_dir).expanduser())
+        self._service = InferenceService(config, folder)
+        roles: tuple[Role, ...] = ("prefill", "decode") if config.prefill.replicas else ("decode",)
+        self._directory = Directory(self._service.pools, serve.get_replica_context().app_name, roles)
+
+    async def Generate(  # noqa: N802 - gRPC's name
+        self, request: inference_pb2.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        async for response in self._service.generate(request, grpc_context):
+            yield response
+
+    async def Tokenize(  # noqa: N802
+        self, request: inference_pb2.TokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> inference_pb2.TokenizeResponse:
+        return await self._service.tokenize(request, grpc_context)
+
+    async def ListModels(  # noqa: N802
+        self, request: inference_pb2.ListModelsRequest
+    ) -> inference_pb2.ListModelsResponse:
+        return self._service.list_models()
+
+    async def GetStatus(  # noqa: N802
+        self, request: inference_pb2.GetStatusRequest
+    ) -> inference_pb2.GetStatusResponse:
+        return self._service.status()
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> health_pb2.HealthCheckResponse:
+        return self._service.health(request.service, grpc_context)
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        async for response in self._service.watch_health(request.service):
+            yield response
+
+    async def __call__(self, request: Request) -> Response:
+        """The HTTP side: only /health, which answers 200 when requests can be served."""
+        if request.url.path != "/health":
+            return JSONResponse({"error": "Baton is reached by gRPC; HTTP serves /health"}, status_code=404)
+        ready = self._service.ready
+        return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
+
+
+class _WorkerReplica:
+    """What both pools' replicas share: build the worker, publish its address, fail the health check when it broke."""
+
+    _role: Role
+    _worker_class: type[PrefillWorker] | type[DecodeWorker]
+
+    async def __init__(self, tree: dict[str, Any]) -> None:
+        config = parse(tree)
+        if config.handoff.ucx_tls:
+            os.environ["UCX_TLS"] = config.handoff.ucx_tls  # UCX reads it once, when the first agent starts
+        context = serve.get_replica_context()
+        self._host = ray.util.get_node_ip_address()
+        model = await asyncio.to_thread(_load, config, getattr(config, self._role))
+        self._worker = self._worker_class(model, config, worker_id=context.replica_id.unique_id, host=self._host)
+        await self._worker.start()
+
+    def record_replica_metadata(self) -> dict[str, str | int]:
+        return {
+            "role": self._role,
+            "worker_id": self._worker.worker_id,
+            "host": self._host,
+            "port": self._worker.port,
+            "generation": self._worker.generation,
+        }
+
+    def check_health(self) -> None:
+        if self._worker.failure is not None:
+            raise RuntimeError(f"the engine failed: {self._worker.failure!r}")
+
+
+@serve.deployment(health_check_period_s=2, graceful_shutdown_timeout_s=5)
+class PrefillReplica(_WorkerReplica):
+    _role = "prefill"
+    _worker_class = PrefillWorker
+
+
+@serve.deployment(health_check_period_s=2, graceful_shutdown_timeout_s=5)
+class DecodeReplica(_WorkerReplica):
+    _role = "decode"
+    _worker_class = DecodeWorker
+
+
+def _load(config: Config, pool: PoolConfig) -> Any:
+    folder = hub.resolve(config.model.id, Path(config.model.cache_dir).expanduser())
+    return load_model(folder, config.model.dtype, pool.threads or _share_of_cores(config))
+
+
+def _share_of_cores(config: Config) -> int:
+    """Threads for one worker when all workers share this machine's cores evenly."""
+    return max(1, (os.cpu_count() or 1) // (config.prefill.replicas + config.decode.replicas))

@@ -1,0 +1,175 @@
+"""The process behind ``baton up``: starts a private Ray, runs the application, and takes both down on SIGTERM.
+
+Ray is a child of this process, so that nothing outlives it. ``deploy.local`` starts it and reads its state file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from baton.config import Config, load
+
+READY_TIMEOUT_S = 300.0
+OBJECT_STORE_BYTES = 100 << 20  # nothing large ever goes through Ray objects
+
+
+def environment(config: Config, folder: Path) -> dict[str, str]:
+    """What Ray and Serve read once at import: HAProxy ingress with its files and ports private to this cluster."""
+    haproxy = folder / "haproxy"
+    return {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(2 * config.router.max_inflight),
+        "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": str(2 * config.router.max_inflight),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="state folder of this cluster, holding config.yaml")
+    folder: Path = parser.parse_args().folder
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    config = load(folder / "config.yaml")
+    scratch = Path(tempfile.mkdtemp(prefix="baton-"))  # short: Ray's sockets live below it, and paths have a limit
+    os.environ.update(environment(config, scratch))
+    try:
+        return _run(config, folder, scratch, stop)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(config: Config, folder: Path, scratch: Path, stop: threading.Event) -> int:
+    import ray
+    from ray import serve
+
+    _tell(folder, "starting Ray")
+    try:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)),
+            resources=_resources_needed(config),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=str(scratch / "ray"),
+            namespace=config.name,
+        )
+        _serve(config, folder, stop)
+        _write(folder, phase="stopping")
+    except Exception as error:  # the process's outer boundary: the reason goes to the log and to whoever waits
+        logging.exception("the cluster failed")
+        _write(folder, phase="failed", error=f"{type(error).__name__}: {error}")
+        return 1
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    _write(folder, phase="stopped")
+    return 0
+
+
+def _serve(config: Config, folder: Path, stop: threading.Event) -> None:
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from deploy.app import SERVICER_FUNCTIONS, build
+
+    _tell(folder, "starting Serve")
+    serve.start(
+        http_options=HTTPOptions(host=config.ingress.host, port=config.ingress.http_port),
+        grpc_options=gRPCOptions(port=config.ingress.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS),
+    )
+    _tell(folder, "loading the model in every worker")
+    told = threading.Event()
+    watcher = threading.Thread(target=_tell_replicas, args=(folder, config.name, told), daemon=True)
+    watcher.start()
+    try:
+        serve.run(build(config.model_dump()), name=config.name, route_prefix="/")
+    finally:
+        told.set()
+        watcher.join(5.0)
+    _write(folder, phase="ready", grpc=_address(config.ingress.grpc_port), http=_address(config.ingress.http_port))
+    stop.wait()
+
+
+def _tell_replicas(folder: Path, app: str, told: threading.Event) -> None:
+    """Until ``told``: one progress line whenever the number of running replicas changes."""
+    from ray import serve
+
+    last = ""
+    while not told.wait(0.5):
+        application = serve.status().applications.get(app)
+        if application is None:
+            continue
+        line = ", ".join(
+            f"{name} {deployment.replica_states.get('RUNNING', 0)}/{sum(deployment.replica_states.values())}"
+            for name, deployment in sorted(application.deployments.items())
+        )
+        if line and line != last:
+            _tell(folder, f"workers running: {line}")
+            last = line
+
+
+def _cpus_needed(config: Config) -> int:
+    pools = (config.prefill, config.decode)
+    return 2 + int(sum(pool.replicas * pool.cpus for pool in pools) + 0.1 * config.router.replicas + 1)
+
+
+def _resources_needed(config: Config) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for pool in (config.prefill, config.decode):
+        for name, amount in pool.resources.items():
+            total[name] = total.get(name, 0.0) + amount * pool.replicas
+    return total
+
+
+def _address(port: int) -> str:
+    return f"127.0.0.1:{port}"
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _tell(folder: Path, line: str) -> None:
+    with (folder / "progress").open("a", encoding="utf-8") as progress:
+        progress.write(line + "\n")
+
+
+def _write(folder: Path, **state: Any) -> None:
+    """Replaces the state file at once, so that a reader never sees half of it."""
+    temporary = folder / "state.json.tmp"
+    temporary.write_text(json.dumps({"pid": os.getpid(), **state}), encoding="utf-8")
+    temporary.rename(folder / "state.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The planner's layer: workload, cost model, simulator and search."""

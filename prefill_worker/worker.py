@@ -1,0 +1,196 @@
+"""The prefill worker: a prompt in, its first token to the router, its KV to the decode worker named in the ticket.
+
+The engine thread computes; after each layer of each chunk it calls :meth:`PrefillWorker.layer_written`, which only
+queues: the sender's encoder thread gathers that layer's KV from the pages while the engine computes the next layer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from torch import Tensor
+
+from baton.config import Config
+from baton.errors import BatonError, DeadlineExceeded, Unavailable
+from baton.frames import FrameStream
+from baton.messages import Cancel, Failed, Handed, Hello, Load, Prefill, Report, Tokens
+from baton.plane import PlaneServer, answer, failure
+from baton.request import TokenEvent, Work
+from baton.tasks import Jobs
+from engine.build import build_engine
+from engine.engine import Chunk, Engine
+from engine.loop import EngineLoop
+from engine.model import Model
+from kvtransfer.handoff import Expired, Landed, Lost
+from kvtransfer.sender import Outgoing, Sender
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One prompt under way. ``pages`` grows as chunks are computed; the encoder thread reads the latest."""
+
+    outgoing: Outgoing
+    first: asyncio.Future[TokenEvent]
+    pages: tuple[int, ...] = field(default=())
+
+
+class PrefillWorker:
+    """Serves Prefill and Cancel from routers. ``on_fatal`` is called when the process is no longer of use."""
+
+    def __init__(self, model: Model, config: Config, *, worker_id: str, host: str) -> None:
+        self.generation = secrets.token_hex(8)
+        self.worker_id = worker_id
+        self.failure: BaseException | None = None
+        self._engine = build_engine(model, config.prefill, config.model.max_context, observer=self)
+        self.layout = self._engine.layout
+        self._loop = EngineLoop(self._engine, self._computed, self._broke)
+        identity = {"worker_id": worker_id, "generation": self.generation}
+        self._sender = Sender(self.layout, config.handoff, host=host, **identity)
+        hello = Hello(role="prefill", layout=self.layout.fingerprint, **identity)
+        self._plane = PlaneServer(self, hello, host=host)
+        self._jobs: dict[str, _Job] = {}
+        self._tasks = Jobs()
+
+    @property
+    def port(self) -> int:
+        return self._plane.port
+
+    async def start(self) -> None:
+        self._events = asyncio.get_running_loop()
+        self._loop.start()
+        await self._sender.start()
+        await self._plane.start()
+
+    async def close(self) -> None:
+        await self._plane.close()
+        await self._tasks.close()
+        await self._sender.close()
+        await asyncio.to_thread(self._loop.stop, 10.0)
+
+    # ---- the token plane
+
+    def received(self, link: FrameStream, record: object) -> None:
+        match record:
+            case Prefill():
+                self._tasks.start(link, record.work.request_id, lambda: self._serve(link, record))
+            case Cancel():
+                self._tasks.cancel(link, record.request_id)
+            case _:
+                log.warning("router %s sent %s to a prefill worker; ignored", link.peer, type(record).__name__)
+
+    def gone(self, link: FrameStream) -> None:
+        self._tasks.cancel_all(link)
+
+    def load(self) -> Load:
+        held, staging = self._engine.load(), self._sender.stats()
+        return Load(
+            waiting=held.waiting,
+            waiting_tokens=held.waiting_tokens,
+            running=held.running,
+            pages_used=held.pages_used,
+            pages_total=held.pages_total,
+            pages_high_water=held.pages_high_water,
+            handoffs=staging.handoffs,
+            buffer_bytes_used=staging.staging_bytes_used,
+            buffer_bytes_total=staging.staging_bytes_total,
+            buffer_bytes_quarantined=0,
+        )
+
+    # ---- one request
+
+    async def _serve(self, link: FrameStream, message: Prefill) -> None:
+        """Compute, answer with the first token, hand the KV over; frees everything on every way out."""
+        work = message.work
+        try:
+            async with asyncio.timeout(work.budget_s):
+                await self._prefill(link, message)
+        except TimeoutError:
+            answer(link, failure(work.request_id, DeadlineExceeded("the deadline passed during prefill")))
+        except BatonError as error:
+            answer(link, failure(work.request_id, error))
+
+    async def _prefill(self, link: FrameStream, message: Prefill) -> None:
+        work = message.work
+        job = self._open(message)
+        try:
+            await self._loop.run(lambda engine: engine.add(work, prefill_only=True))
+            first = await job.first
+            answer(link, await self._report(work))
+            answer(link, Tokens((first,)))
+            if first.finish:
+                job.outgoing.abort("the first token ended the request")
+                return
+            job.outgoing.finish(first)
+            await job.outgoing.encoded()
+            await self._release(work)
+            match await job.outgoing.outcome():
+                case Landed():
+                    answer(link, Handed(work.request_id))
+                case Lost(reason=reason):
+                    answer(link, Failed(work.request_id, "UNAVAILABLE", f"the handoff was lost: {reason}"))
+                case Expired():
+                    answer(link, Failed(work.request_id, "DEADLINE_EXCEEDED", "the handoff's lease expired"))
+                case never:
+                    assert_never(never)
+        finally:
+            job.outgoing.abort("the prefill worker gave the request up")
+            await asyncio.shield(self._release(work))
+            self._jobs.pop(work.request_id, None)
+
+    def _open(self, message: Prefill) -> _Job:
+        request_id = message.work.request_id
+
+        def gather(layer: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+            return self._engine.cache.gather(layer, job.pages, start, count)
+
+        outgoing = self._sender.open(
+            message.ticket, tokens=len(message.work.prompt), budget_s=message.work.budget_s, gather=gather
+        )
+        job = _Job(outgoing, first=asyncio.get_running_loop().create_future())
+        self._jobs[request_id] = job
+        return job
+
+    async def _report(self, work: Work) -> Report:
+        timing = await self._loop.run(lambda engine: engine.timing(work.request_id))
+        return Report(work.request_id, {"queue": timing.queue_s, "prefill": timing.prefill_s})
+
+    async def _release(self, work: Work) -> None:
+        with contextlib.suppress(Unavailable):  # a broken engine holds nothing that outlives the process
+            await self._loop.run(lambda engine: engine.release(work.request_id))
+
+    # ---- called on the engine thread
+
+    def layer_written(self, layer: int, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            job = self._jobs.get(chunk.request_id)
+            if job is not None:
+                job.pages = chunk.pages
+                job.outgoing.push(layer, chunk.start, chunk.count)
+
+    def _computed(self, events: list[TokenEvent]) -> None:
+        self._events.call_soon_threadsafe(self._deliver, events)
+
+    def _broke(self, error: BaseException) -> None:
+        self.failure = error
+        self._events.call_soon_threadsafe(self._fail_all)
+
+    # ---- back on the event loop
+
+    def _fail_all(self) -> None:
+        for job in self._jobs.values():
+            if not job.first.done():
+                job.first.set_exception(Unavailable(f"the engine of {self.worker_id} failed: {self.failure!r}"))
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            job = self._jobs.get(event.request_id)
+            if job is not None and not job.first.done():
+                job.first.set_result(event)

@@ -1,0 +1,168 @@
+"""One request's way through the workers: reserve, prefill, hand over, decode; every way out frees everything.
+
+    choose decode ─► Reserve ─► Ticket ─► choose prefill ─► Prefill(ticket) ─► first token ─► tokens from decode
+
+Without a prefill pool the decode worker computes the whole sequence: ``Decode``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+from baton import ledger
+from baton.errors import DeadlineExceeded, ProtocolError, Unavailable, from_code
+from baton.messages import Decode, Failed, Granted, Handed, Prefill, Report, Reserve, Ticket, Tokens
+from baton.request import TokenEvent, Work
+from router import policy
+from router.peers import Peer, Pools, Role
+
+NO_WORKER_RETRY_MS = 1000
+
+
+@dataclass(slots=True)
+class Run:
+    """What the router knows of one request under way. Times are monotonic seconds of this process."""
+
+    work: Work
+    codec: str
+    arrived_s: float
+    deadline_s: float
+    dispatched_s: float = 0.0
+    first_token_s: float = 0.0
+    first_decode_s: float = 0.0
+    last_token_s: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+    transfer_busy_s: float = 0.0
+    transfer_bytes: int = 0
+    transport: str = ""
+    inbox: asyncio.Queue[tuple[Role, object]] = field(default_factory=asyncio.Queue)
+
+    def sink(self, peer: Peer, record: object) -> None:
+        self.inbox.put_nowait((peer.address.role, record))  # bounded by max_tokens: one event per token at most
+
+    def remaining(self) -> Work:
+        """The work with the time that is left now."""
+        return replace(self.work, budget_s=max(0.0, self.deadline_s - time.monotonic()))
+
+    async def next(self) -> tuple[Role, object]:
+        """The next record from any worker. Raises :class:`DeadlineExceeded`."""
+        try:
+            async with asyncio.timeout(self.deadline_s - time.monotonic()):
+                return await self.inbox.get()
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time is used up", field="budget_ms") from None
+
+    def account(self, report: Report) -> None:
+        self.stages.update(report.stages)
+        self.transfer_busy_s += report.transfer_busy_s
+        self.transfer_bytes += report.transfer_bytes
+
+    def arrived(self, role: Role) -> None:
+        """Tokens came from a worker of ``role``."""
+        self.last_token_s = now_s = time.monotonic()
+        self.first_token_s = self.first_token_s or now_s
+        if role == "decode":
+            self.first_decode_s = self.first_decode_s or now_s
+
+    def ledger(self) -> ledger.Ledger:
+        """The stages so far, summing to the time from arrival to the last token."""
+        total_s = max(0.0, self.last_token_s - self.arrived_s)
+        measured = self.stages | {"admit": max(0.0, self.dispatched_s - self.arrived_s)}
+        if self.first_decode_s:
+            measured["decode"] = measured.get("decode", 0.0) + self.last_token_s - self.first_decode_s
+        handed_over = bool(self.transport)
+        return ledger.Ledger(
+            total_s=total_s,
+            stages=ledger.close(total_s, measured),
+            transfer_busy_s=self.transfer_busy_s,
+            transfer_bytes=self.transfer_bytes,
+            codec=self.codec if handed_over else "",
+            transport=self.transport,
+        )
+
+
+class Dispatcher:
+    """Runs requests over the connected workers."""
+
+    def __init__(self, pools: Pools, *, decode_page_tokens: int, disaggregated: bool) -> None:
+        self._pools, self._page_tokens, self._disaggregated = pools, decode_page_tokens, disaggregated
+
+    async def stream(self, run: Run) -> AsyncIterator[tuple[TokenEvent, ...]]:
+        """Every output token, in order, in batches as they come. Closing the iterator frees the request everywhere."""
+        work, request_id = run.work, run.work.request_id
+        with contextlib.ExitStack() as held:
+            decode = self._choose_decode(len(work.prompt))
+            held.enter_context(decode.attached(request_id, run.sink, len(work.prompt)))
+            if self._disaggregated:
+                decode.send(Reserve(run.remaining(), epoch=0, codec=run.codec))
+                ticket = await self._granted(run)
+                prefill = self._choose_prefill()
+                held.enter_context(prefill.attached(request_id, run.sink, len(work.prompt)))
+                prefill.send(Prefill(run.remaining(), ticket))
+                run.transport = ticket.transport
+            else:
+                decode.send(Decode(run.remaining()))
+            run.dispatched_s = time.monotonic()
+            async for batch in self._tokens(run):
+                yield batch
+
+    async def _granted(self, run: Run) -> Ticket:
+        while True:
+            match await run.next():
+                case _, Granted(ticket=ticket):
+                    return ticket
+                case _, Failed() as failed:
+                    raise from_code(
+                        failed.code, failed.message, field=failed.field, retry_after_ms=failed.retry_after_ms
+                    )
+                case role, other:
+                    raise ProtocolError(f"{type(other).__name__} from {role} before the ticket")
+
+    async def _tokens(self, run: Run) -> AsyncIterator[tuple[TokenEvent, ...]]:
+        """Merges both workers' tokens by index: the second may overtake the first, each travels its own connection."""
+        due: dict[int, TokenEvent] = {}
+        expected = 0
+        while True:
+            match await run.next():
+                case role, Tokens(events=events):
+                    run.arrived(role)
+                    due.update((event.index, event) for event in events)
+                    batch: list[TokenEvent] = []
+                    while expected in due:
+                        batch.append(due.pop(expected))
+                        expected += 1
+                    if batch:
+                        yield tuple(batch)
+                    if batch and batch[-1].finish:
+                        return
+                case _, Report() as report:
+                    run.account(report)
+                case _, Handed():
+                    pass
+                case role, Failed() as failed:
+                    if role == "prefill" and run.first_token_s:
+                        continue  # its part is over; whether the handoff worked is the decode worker's to say
+                    raise from_code(
+                        failed.code, failed.message, field=failed.field, retry_after_ms=failed.retry_after_ms
+                    )
+                case role, other:
+                    raise ProtocolError(f"unexpected {type(other).__name__} from {role}")
+
+    def _choose_decode(self, tokens: int) -> Peer:
+        peers = self._pools.of("decode")
+        return _named(peers, policy.choose_decode([peer.view() for peer in peers], tokens, self._page_tokens), "decode")
+
+    def _choose_prefill(self) -> Peer:
+        peers = self._pools.of("prefill")
+        return _named(peers, policy.choose_prefill(peer.view() for peer in peers), "prefill")
+
+
+def _named(peers: list[Peer], worker_id: str | None, role: Role) -> Peer:
+    for peer in peers:
+        if peer.address.worker_id == worker_id:
+            return peer
+    raise Unavailable(f"no {role} worker is connected", retry_after_ms=NO_WORKER_RETRY_MS)

@@ -1,0 +1,187 @@
+"""The router's side of the token plane: one connection per worker, found by the directory, lost without notice.
+
+A :class:`Peer` is connected or it is nothing: every stream attached to it learns at once when the connection ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from baton.errors import ProtocolError, Unavailable
+from baton.frames import FrameStream
+from baton.messages import PLANE, Cancel, Failed, Granted, Handed, Hello, Load, Report, Tokens
+from baton.request import TokenEvent
+from router.policy import WorkerView
+
+log = logging.getLogger(__name__)
+
+Role = Literal["prefill", "decode"]
+RECONNECT_S = (0.1, 0.2, 0.5, 1.0, 2.0)  # pauses between attempts while the directory still lists the worker
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAddress:
+    """Where a worker listens, and the generation that must answer there: ports are recycled, generations are not."""
+
+    role: Role
+    worker_id: str
+    host: str
+    port: int
+    generation: str
+
+
+Sink = Callable[["Peer", object], None]
+
+
+class Peer:
+    """One connected worker: sends records to it, and gives each record that comes back to its request's sink."""
+
+    def __init__(self, address: WorkerAddress, link: FrameStream, load: Load) -> None:
+        self.address, self._link, self._load = address, link, load
+        self._sinks: dict[str, Sink] = {}
+        self._unseen: dict[str, int] = {}
+
+    @classmethod
+    async def connect(cls, address: WorkerAddress, *, timeout_s: float) -> Peer:
+        """Raises :class:`Unavailable` when nobody or somebody else answers at the address."""
+        link = await FrameStream.connect(address.host, address.port, PLANE, timeout_s=timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                hello, load = await link.receive(), await link.receive()
+        except (TimeoutError, ProtocolError) as error:
+            link.abort()
+            raise Unavailable(f"{address.worker_id} did not say hello: {error}") from None
+        if not isinstance(hello, Hello) or not isinstance(load, Load) or hello.generation != address.generation:
+            link.abort()
+            raise Unavailable(f"{address.host}:{address.port} is not {address.worker_id} of this generation any more")
+        return cls(address, link, load)
+
+    @property
+    def load(self) -> Load:
+        return self._load
+
+    def view(self) -> WorkerView:
+        return WorkerView(self.address.worker_id, self._load, len(self._unseen), sum(self._unseen.values()))
+
+    @contextlib.contextmanager
+    def attached(self, request_id: str, sink: Sink, tokens: int) -> Iterator[None]:
+        """While open, records about ``request_id`` go to ``sink``; on the way out the worker is told to free it."""
+        self._sinks[request_id] = sink
+        self._unseen[request_id] = tokens
+        try:
+            yield
+        finally:
+            self._unseen.pop(request_id, None)
+            if self._sinks.pop(request_id, None) is not None:
+                with contextlib.suppress(Unavailable):
+                    self._link.send(Cancel(request_id))
+
+    def send(self, record: object) -> None:
+        """Raises :class:`Unavailable` when the worker is gone."""
+        self._link.send(record)
+
+    async def listen(self) -> None:
+        """Delivers records until the connection ends; then every attached stream gets a Failed."""
+        try:
+            while (record := await self._link.receive()) is not None:
+                self._deliver(record)
+        except ProtocolError as error:
+            log.error("%s: %s; connection closed", self.address.worker_id, error)
+        finally:
+            self._link.abort()
+            sinks, self._sinks = self._sinks, {}
+            for request_id, sink in sinks.items():
+                sink(self, Failed(request_id, "UNAVAILABLE", f"{self.address.role} worker lost"))
+
+    def _deliver(self, record: object) -> None:
+        match record:
+            case Load():
+                self._load = record
+                self._unseen.clear()
+            case Tokens(events=events):
+                self._deliver_tokens(events)
+            case Granted(ticket=ticket):
+                self._to_sink(ticket.request_id, record)
+            case Report() | Handed():
+                self._to_sink(record.request_id, record)
+            case Failed():
+                sink = self._sinks.pop(record.request_id, None)  # the worker holds nothing of it any more
+                if sink is not None:
+                    sink(self, record)
+            case _:
+                raise ProtocolError(f"unexpected {type(record).__name__} from a worker")
+
+    def _deliver_tokens(self, events: tuple[TokenEvent, ...]) -> None:
+        """Events of one step, grouped per request in their order."""
+        grouped: dict[str, list[TokenEvent]] = {}
+        for event in events:
+            grouped.setdefault(event.request_id, []).append(event)
+        for request_id, group in grouped.items():
+            self._to_sink(request_id, Tokens(tuple(group)))
+
+    def _to_sink(self, request_id: str, record: object) -> None:
+        sink = self._sinks.get(request_id)
+        if sink is not None:
+            sink(self, record)
+
+
+class Pools:
+    """The connected workers of both roles. :meth:`update` gets every new list from the directory."""
+
+    def __init__(self, *, connect_s: float) -> None:
+        self._connect_s = connect_s
+        self._peers: dict[str, Peer] = {}  # by generation
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._listed: dict[Role, dict[str, WorkerAddress]] = {"prefill": {}, "decode": {}}
+
+    def update(self, role: Role, addresses: Iterable[WorkerAddress]) -> None:
+        """Connects to new workers. One that is no longer listed gets no new streams, but keeps those it has."""
+        listed = {address.generation: address for address in addresses}
+        gone, new = self._listed[role].keys() - listed.keys(), listed.keys() - self._listed[role].keys()
+        self._listed[role] = listed
+        for generation in gone - self._peers.keys():
+            self._keepers[generation].cancel()
+        for generation in new:
+            keeper = asyncio.create_task(self._keep(listed[generation]), name=generation)
+            keeper.add_done_callback(lambda _, ended=generation: self._keepers.pop(ended, None))
+            self._keepers[generation] = keeper
+
+    def of(self, role: Role) -> list[Peer]:
+        """Connected and listed workers of ``role``."""
+        return [self._peers[generation] for generation in self._listed[role] if generation in self._peers]
+
+    def listed(self, role: Role) -> list[WorkerAddress]:
+        """All workers of ``role`` that the directory names, connected or not."""
+        return list(self._listed[role].values())
+
+    async def close(self) -> None:
+        keepers = list(self._keepers.values())
+        for keeper in keepers:
+            keeper.cancel()
+        if keepers:
+            await asyncio.wait(keepers, timeout=1.0)
+
+    async def _keep(self, address: WorkerAddress) -> None:
+        """Stays connected to one worker while the directory lists it."""
+        attempt = 0
+        while address.generation in self._listed[address.role]:
+            try:
+                peer = await Peer.connect(address, timeout_s=self._connect_s)
+            except Unavailable as error:
+                log.info("%s %s: %s", address.role, address.worker_id, error)
+                await asyncio.sleep(RECONNECT_S[min(attempt, len(RECONNECT_S) - 1)])
+                attempt += 1
+                continue
+            log.info("%s %s connected at %s:%d", address.role, address.worker_id, address.host, address.port)
+            attempt = 0
+            self._peers[address.generation] = peer
+            try:
+                await peer.listen()
+            finally:
+                del self._peers[address.generation]
+            log.warning("%s %s lost", address.role, address.worker_id)
