@@ -34,6 +34,7 @@ class PlaneServer:
     def __init__(self, handler: PlaneHandler, hello: Hello, *, host: str) -> None:
         self._handler, self._hello, self._host = handler, hello, host
         self._links: set[FrameStream] = set()
+        self._connections: set[asyncio.Task[None]] = set()
         self._pushed: Load | None = None
         self._server: asyncio.Server | None = None
         self._pusher: asyncio.Task[None] | None = None
@@ -49,11 +50,17 @@ class PlaneServer:
             self._pusher.cancel()
         if self._server is not None:
             self._server.close()
-        for link in list(self._links):
+        for link in self._links:
             link.abort()
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=1.0)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        link = FrameStream(reader, writer, PLANE)
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = asyncio.create_task(self._converse(FrameStream(reader, writer, PLANE)))
+        self._connections.add(connection)
+        connection.add_done_callback(self._connections.discard)
+
+    async def _converse(self, link: FrameStream) -> None:
         self._links.add(link)
         log.info("router %s connected", link.peer)
         try:

@@ -85,6 +85,10 @@ class Peer:
         """Raises :class:`Unavailable` when the worker is gone."""
         self._link.send(record)
 
+    def close(self) -> None:
+        """Drops the connection; :meth:`listen` then ends."""
+        self._link.abort()
+
     async def listen(self) -> None:
         """Delivers records until the connection ends; then every attached stream gets a Failed."""
         try:
