@@ -1,0 +1,1 @@
+"""One accelerator group's work: model, pages, scheduler, sampler. Knows no network."""

@@ -1,0 +1,64 @@
+"""What tests of several folders share: the embedded model and tokenizers.
+
+Heavy modules are imported by the fixtures that need them, so that tests of pure modules start at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from engine.text import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    """The embedded model as a Hugging Face folder; fetched and converted once per machine."""
+    from engine import hub
+
+    return hub.resolve("smollm2-135m-instruct", Path("~/.cache/baton").expanduser())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder: Path) -> Tokenizer:
+    from engine.text import Tokenizer
+
+    return Tokenizer(model_folder)
+
+
+@pytest.fixture(scope="session")
+def byte_fallback_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that spells unknown characters with byte tokens, as those of Llama 2 and Mistral do."""
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Compiled
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["▁", "a", "b", "▁a", "▁b", "ab", "▁ab", "你", "\ufffd"]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    compiled = Compiled(
+        models.BPE(
+            {token: index for index, token in enumerate(vocabulary)},
+            [("▁", "a"), ("▁", "b"), ("▁a", "b"), ("a", "b")],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    compiled.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    compiled.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    compiled.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")])
+    folder = tmp_path_factory.mktemp("byte-fallback")
+    PreTrainedTokenizerFast(tokenizer_object=compiled, eos_token="</s>").save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_fallback(byte_fallback_folder: Path) -> Tokenizer:
+    from engine.text import Tokenizer
+
+    return Tokenizer(byte_fallback_folder)
