@@ -70,9 +70,10 @@ class RouterReplica:
     async def __init__(self, tree: dict[str, Any], pools: list[Any]) -> None:
         config = parse(tree)
         folder = await asyncio.to_thread(hub.resolve, config.model.id, Path(config.model.cache_dir).expanduser())
-        self._service = InferenceService(config, folder)
+        context = serve.get_replica_context()
+        self._service = InferenceService(config, folder, router_id=context.replica_id.unique_id)
         roles: tuple[Role, ...] = ("prefill", "decode") if config.prefill.replicas else ("decode",)
-        self._directory = Directory(self._service.pools, serve.get_replica_context().app_name, roles)
+        self._directory = Directory(self._service.pools, context.app_name, roles)
 
     async def Generate(  # noqa: N802 - gRPC's name
         self, request: inference_pb2.GenerateRequest, grpc_context: RayServegRPCContext

@@ -20,7 +20,6 @@ from typing import Any
 
 from baton.config import Config, load
 
-READY_TIMEOUT_S = 300.0
 OBJECT_STORE_BYTES = 100 << 20  # nothing large ever goes through Ray objects
 
 
@@ -94,37 +93,48 @@ def _run(config: Config, folder: Path, scratch: Path, stop: threading.Event) -> 
     return 0
 
 
-def _serve(config: Config, folder: Path, stop: threading.Event) -> None:
+def start_serve(config: Config) -> None:
+    """Serve with its ingress on the head node, and the application; returns when every replica runs."""
     from ray import serve
-    from ray.serve.config import HTTPOptions, gRPCOptions
+    from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 
     from deploy.app import SERVICER_FUNCTIONS, build
 
-    _tell(folder, "starting Serve")
     serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=config.ingress.host, port=config.ingress.http_port),
         grpc_options=gRPCOptions(port=config.ingress.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS),
     )
-    _tell(folder, "loading the model in every worker")
+    serve.run(build(config.model_dump()), name=config.name, route_prefix="/")
+
+
+def _serve(config: Config, folder: Path, stop: threading.Event) -> None:
+    """Runs the application until ``stop``; tells of every replica that comes up."""
+    _tell(folder, "starting Serve, loading the model in every worker")
     told = threading.Event()
     watcher = threading.Thread(target=_tell_replicas, args=(folder, config.name, told), daemon=True)
     watcher.start()
     try:
-        serve.run(build(config.model_dump()), name=config.name, route_prefix="/")
+        start_serve(config)
     finally:
         told.set()
         watcher.join(5.0)
-    _write(folder, phase="ready", grpc=_address(config.ingress.grpc_port), http=_address(config.ingress.http_port))
+    host = config.ingress.host
+    _write(folder, phase="ready", grpc=f"{host}:{config.ingress.grpc_port}", http=f"{host}:{config.ingress.http_port}")
     stop.wait()
 
 
 def _tell_replicas(folder: Path, app: str, told: threading.Event) -> None:
     """Until ``told``: one progress line whenever the number of running replicas changes."""
+    import ray
     from ray import serve
 
     last = ""
     while not told.wait(0.5):
-        application = serve.status().applications.get(app)
+        try:
+            application = serve.status().applications.get(app)
+        except ray.exceptions.RayError:  # Serve's controller is not up yet
+            continue
         if application is None:
             continue
         line = ", ".join(
@@ -147,10 +157,6 @@ def _resources_needed(config: Config) -> dict[str, float]:
         for name, amount in pool.resources.items():
             total[name] = total.get(name, 0.0) + amount * pool.replicas
     return total
-
-
-def _address(port: int) -> str:
-    return f"127.0.0.1:{port}"
 
 
 def _free_port() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -41,8 +42,9 @@ Sink = Callable[["Peer", object], None]
 class Peer:
     """One connected worker: sends records to it, and gives each record that comes back to its request's sink."""
 
-    def __init__(self, address: WorkerAddress, link: FrameStream, load: Load) -> None:
-        self.address, self._link, self._load = address, link, load
+    def __init__(self, address: WorkerAddress, link: FrameStream, hello: Hello, load: Load) -> None:
+        self.address, self.layout, self._link, self._load = address, hello.layout, link, load
+        self._load_s = time.monotonic()
         self._sinks: dict[str, Sink] = {}
         self._unseen: dict[str, int] = {}
 
@@ -59,11 +61,15 @@ class Peer:
         if not isinstance(hello, Hello) or not isinstance(load, Load) or hello.generation != address.generation:
             link.abort()
             raise Unavailable(f"{address.host}:{address.port} is not {address.worker_id} of this generation any more")
-        return cls(address, link, load)
+        return cls(address, link, hello, load)
 
     @property
     def load(self) -> Load:
         return self._load
+
+    @property
+    def load_age_s(self) -> float:
+        return time.monotonic() - self._load_s
 
     def view(self) -> WorkerView:
         return WorkerView(self.address.worker_id, self._load, len(self._unseen), sum(self._unseen.values()))
@@ -105,7 +111,7 @@ class Peer:
     def _deliver(self, record: object) -> None:
         match record:
             case Load():
-                self._load = record
+                self._load, self._load_s = record, time.monotonic()
                 self._unseen.clear()
             case Tokens(events=events):
                 self._deliver_tokens(events)
@@ -159,9 +165,17 @@ class Pools:
         """Connected and listed workers of ``role``."""
         return [self._peers[generation] for generation in self._listed[role] if generation in self._peers]
 
-    def listed(self, role: Role) -> list[WorkerAddress]:
-        """All workers of ``role`` that the directory names, connected or not."""
-        return list(self._listed[role].values())
+    def known(self, role: Role) -> list[tuple[WorkerAddress, Peer | None, bool]]:
+        """Every worker of ``role`` by id, its connection if there is one, and whether the directory still names it."""
+        listed = self._listed[role]
+        leaving = [p.address for g, p in self._peers.items() if p.address.role == role and g not in listed]
+        addresses = sorted([*listed.values(), *leaving], key=lambda address: address.worker_id)
+        return [(a, self._peers.get(a.generation), a.generation in listed) for a in addresses]
+
+    @property
+    def layout(self) -> str:
+        """Fingerprint of the workers' KV layout; empty before the first is connected."""
+        return next((peer.layout for peer in self._peers.values()), "")
 
     async def close(self) -> None:
         keepers = list(self._keepers.values())

@@ -125,7 +125,7 @@ async def test_pools_follow_the_directory() -> None:
         assert [peer.address.generation for peer in pools.of("decode")] == ["g2"]
         await server.close()
         await until(lambda: not pools.of("decode"))
-        assert pools.listed("decode") == [two]
+        assert pools.known("decode") == [(two, None, True)]
     await pools.close()
 
 

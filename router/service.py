@@ -1,0 +1,220 @@
+"""The methods of the public contract, on top of the dispatcher. Knows gRPC's context, not Serve.
+
+``generate`` reads as a request lives: validate, admit, dispatch, assemble, account. Every error leaves as a gRPC
+status with details that name the field; nothing is raised to the server, so that trailers always reach the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from grpc_health.v1 import health_pb2
+
+from baton.config import Config
+from baton.errors import BatonError, DeadlineExceeded, Internal, NotFound, Overloaded
+from baton.wire import inference_pb2 as pb
+from engine.spec import ModelSpec
+from engine.text import Tokenizer
+from router import respond, status, validate
+from router.dispatch import Dispatcher, Run
+from router.peers import Peer, Pools, Role, WorkerAddress
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = "baton.v1.Inference"
+LONG_INPUT_BYTES = 16 << 10  # longer inputs are tokenized on a thread: 1 MB takes about 0.3 s
+HEALTH_POLL_S = 0.25
+RETRY_AFTER_MS = 500
+
+
+@dataclass(slots=True)
+class Counters:
+    """What this router has done since it started; ``inflight`` returns to zero when it is idle."""
+
+    inflight: int = 0
+    accepted: int = 0
+    refused: int = 0
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    tokens: int = 0
+
+
+class Context(Protocol):
+    """The part of a gRPC servicer context that is used here."""
+
+    def set_code(self, code: object) -> None: ...
+    def set_details(self, details: str) -> None: ...
+    def set_trailing_metadata(self, metadata: object) -> None: ...
+
+
+class InferenceService:
+    """One router. ``pools`` must be fed by a directory; ``folder`` is the model's (tokenizer and config only)."""
+
+    def __init__(self, config: Config, folder: Path, *, router_id: str) -> None:
+        spec = ModelSpec.from_folder(folder)
+        self._config, self._router_id = config, router_id
+        self._tokenizer = Tokenizer(folder)
+        self._dtype = resolve_dtype(config.model.dtype)
+        self._limits = validate.Limits.of(config, context_tokens=min(config.model.max_context, spec.max_context))
+        self.pools = Pools(connect_s=config.router.connect_s)
+        self._disaggregated = config.prefill.replicas > 0
+        self._dispatcher = Dispatcher(
+            self.pools, decode_page_tokens=config.decode.page_tokens, disaggregated=self._disaggregated
+        )
+        self._counters = Counters()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could be served now: a worker of every role it needs is connected."""
+        return bool(self.pools.of("decode")) and (not self._disaggregated or bool(self.pools.of("prefill")))
+
+    async def close(self) -> None:
+        await self.pools.close()
+
+    # ---- generation
+
+    async def generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        """Streams the output of one request; see the contract for the errors."""
+        arrived_s = time.monotonic()
+        try:
+            parsed = await self._parse(request)
+            with self._admitted():
+                async with aclosing(self._respond(parsed, arrived_s)) as responses:
+                    async for response in responses:
+                        yield response
+        except BatonError as error:
+            status.set_on(context, error)
+        except Exception:  # the process's outer boundary: the client learns that it is a bug, the log learns which
+            log.exception("request failed")
+            status.set_on(context, Internal("internal error; the router's log has the details"))
+
+    async def _parse(self, request: pb.GenerateRequest) -> validate.ParsedRequest:
+        seed = secrets.randbits(63)
+        try:
+            if request.ByteSize() > LONG_INPUT_BYTES:
+                return await asyncio.to_thread(validate.parse, request, self._limits, self._tokenizer, seed=seed)
+            return validate.parse(request, self._limits, self._tokenizer, seed=seed)
+        except BatonError:
+            self._counters.refused += 1
+            raise
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Counts the request from admission to its end, and how it ended."""
+        counters = self._counters
+        if counters.inflight >= self._config.router.max_inflight:
+            counters.refused += 1
+            raise Overloaded(f"{counters.inflight} requests are in flight already", retry_after_ms=RETRY_AFTER_MS)
+        counters.inflight += 1
+        counters.accepted += 1
+        try:
+            yield
+            counters.completed += 1
+        except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
+            counters.cancelled += 1
+            raise
+        except Overloaded:
+            counters.refused += 1
+            raise
+        except BaseException:
+            counters.failed += 1
+            raise
+        finally:
+            counters.inflight -= 1
+
+    async def _respond(self, parsed: validate.ParsedRequest, arrived_s: float) -> AsyncIterator[pb.GenerateResponse]:
+        """Dispatches and assembles: one response per batch of tokens, the last one with usage and ledger."""
+        work = parsed.work(f"{self._router_id}-{secrets.token_hex(8)}")  # clients may reuse their ids, workers may not
+        run = Run(work, parsed.codec, arrived_s, deadline_s=arrived_s + work.budget_s)
+        assembler = respond.Assembler(parsed, self._tokenizer, model=self._config.model.id)
+        async with aclosing(self._dispatcher.stream(run)) as batches:
+            async for events in batches:
+                self._counters.tokens += len(events)
+                response = assembler.push(events)
+                if response is not None:
+                    yield response
+                if assembler.finished:
+                    break
+        yield assembler.finish(run.ledger())
+
+    # ---- the other methods
+
+    async def tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        try:
+            ids = await asyncio.to_thread(validate.tokenize, request, self._limits, self._tokenizer)
+        except BatonError as error:
+            status.set_on(context, error)
+            return pb.TokenizeResponse()
+        return pb.TokenizeResponse(token_ids=ids, max_context_tokens=self._limits.context_tokens)
+
+    def list_models(self) -> pb.ListModelsResponse:
+        model = pb.Model(
+            id=self._config.model.id,
+            max_context_tokens=self._limits.context_tokens,
+            vocab_size=self._tokenizer.vocab_size,
+            eos_token_ids=sorted(self._tokenizer.eos_token_ids),
+            dtype=self._dtype,
+        )
+        return pb.ListModelsResponse(models=[model])
+
+    def status(self) -> pb.GetStatusResponse:
+        handoff = self._config.handoff
+        roles: tuple[Role, ...] = ("prefill", "decode")
+        return pb.GetStatusResponse(
+            model=self._config.model.id,
+            layout=self.pools.layout,
+            pools=[pb.Pool(role=role, workers=[_worker(*known) for known in self.pools.known(role)]) for role in roles],
+            transport=handoff.transport if self._disaggregated else "",
+            codec=handoff.codec,
+            quality_floor=handoff.quality_floor,
+            router=pb.RouterStatus(id=self._router_id, **asdict(self._counters)),
+        )
+
+    # ---- grpc.health.v1
+
+    def health(self, service: str, context: Context) -> health_pb2.HealthCheckResponse:
+        if service not in ("", SERVICE_NAME):
+            status.set_on(context, NotFound("service", f"unknown service {service!r}; known: {SERVICE_NAME}"))
+        return self._health()
+
+    async def watch_health(self, service: str) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """The state at once, then every change, until the client leaves."""
+        if service not in ("", SERVICE_NAME):
+            yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            return
+        told: health_pb2.HealthCheckResponse | None = None
+        while True:
+            current = self._health()
+            if current != told:
+                yield current
+                told = current
+            await asyncio.sleep(HEALTH_POLL_S)
+
+    def _health(self) -> health_pb2.HealthCheckResponse:
+        kinds = health_pb2.HealthCheckResponse
+        return kinds(status=kinds.SERVING if self.ready else kinds.NOT_SERVING)
+
+
+def _worker(address: WorkerAddress, peer: Peer | None, listed: bool) -> pb.Worker:
+    if peer is None:
+        state = pb.WORKER_STATE_CONNECTING
+    else:
+        state = pb.WORKER_STATE_READY if listed else pb.WORKER_STATE_DRAINING
+    return pb.Worker(
+        id=address.worker_id,
+        address=f"{address.host}:{address.port}",
+        generation=address.generation,
+        state=state,
+        load=pb.Load(**asdict(peer.load)) if peer else None,
+        load_age_s=peer.load_age_s if peer else 0.0,
+    )
