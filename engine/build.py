@@ -1,0 +1,41 @@
+"""From a model folder and a pool's configuration to a running engine's parts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from baton.config import PoolConfig
+from baton.errors import ConfigError
+from engine import hub, weights
+from engine.engine import Engine, LayerObserver
+from engine.model import Model
+from engine.spec import ModelSpec
+
+
+def load_model(folder: Path, dtype: str, threads: int) -> Model:
+    """The model in ``folder``, on CUDA when there is one. ``threads`` of torch on CPU; 0 keeps torch's own choice."""
+    if threads:
+        torch.set_num_threads(min(threads, os.cpu_count() or threads))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = ModelSpec.from_folder(folder)
+    model = Model(spec, name=hub.describe(folder), dtype=weights.choose_dtype(dtype, device), device=device)
+    weights.load(model, folder)
+    return model
+
+
+def build_engine(model: Model, pool: PoolConfig, max_context: int, observer: LayerObserver | None = None) -> Engine:
+    """An engine with ``pool``'s pages and limits. ``max_context`` tokens of one sequence must fit its pages."""
+    if pool.kv_tokens < min(max_context, model.spec.max_context):
+        raise ConfigError(f"{pool.kv_tokens} cannot hold one context of {max_context} tokens", field="kv_tokens")
+    return Engine(
+        model,
+        page_tokens=pool.page_tokens,
+        pages=pool.kv_tokens // pool.page_tokens,
+        step_tokens=pool.step_tokens,
+        max_running=pool.max_running,
+        max_waiting=pool.max_waiting,
+        observer=observer,
+    )

@@ -1,0 +1,55 @@
+"""The paged KV cache: one tensor per layer, in which K and V of one token lie side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from baton.layout import KVLayout
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class KVCache:
+    """``layers[i]``: [pages * page_tokens, 2 * kv_heads, head_dim], K heads first.
+
+    One row is one token, so a step's new KV is one indexed write, and a page or token gather moves K and V at once.
+    ``gather`` and ``scatter`` may be called from any thread on pages that the engine thread is not writing.
+    """
+
+    def __init__(self, layout: KVLayout, *, pages: int, page_tokens: int, device: torch.device) -> None:
+        self.layout = layout
+        self.page_tokens = page_tokens
+        shape = (pages * page_tokens, 2 * layout.kv_heads, layout.head_dim)
+        # Zeros, not garbage: padding rows are read (then masked), and a NaN would survive the mask.
+        self.layers = [
+            torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype], device=device) for _ in range(layout.layers)
+        ]
+
+    @property
+    def bytes(self) -> int:
+        return sum(layer.numel() * layer.element_size() for layer in self.layers)
+
+    def gather(self, layer: int, pages: Sequence[int], start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contiguous copies of K and V of tokens ``[start, start + count)``, each [count, kv_heads, head_dim].
+
+        ``pages`` is the block table from token 0 on: token ``t`` lies in ``pages[t // page_tokens]``.
+        """
+        rows = self.layers[layer].index_select(0, self._slots(pages, start, count))
+        keys, values = rows.split(self.layout.kv_heads, dim=1)
+        return keys.contiguous(), values.contiguous()
+
+    def scatter(self, layer: int, pages: Sequence[int], start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes K and V, each [count, kv_heads, head_dim], to tokens ``[start, start + count)`` of ``pages``."""
+        slots = self._slots(pages, start, k.shape[0])
+        rows = torch.cat((k, v), dim=1).to(self.layers[layer])
+        self.layers[layer].index_copy_(0, slots, rows)
+
+    def _slots(self, pages: Sequence[int], start: int, count: int) -> torch.Tensor:
+        if start < 0 or start + count > len(pages) * self.page_tokens:
+            raise IndexError(f"tokens [{start}, {start + count}) lie outside {len(pages)} pages of {self.page_tokens}")
+        tokens = torch.arange(start, start + count)
+        table = torch.tensor(pages, dtype=torch.int64)
+        slots = table[tokens // self.page_tokens] * self.page_tokens + tokens % self.page_tokens
+        return slots.to(self.layers[0].device)

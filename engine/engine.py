@@ -1,0 +1,238 @@
+"""The engine: ``step`` schedules, runs the model once, samples, and returns every new token. One thread owns it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from baton.errors import InvalidRequest, NotFound
+from baton.request import FinishReason, TokenEvent, Work
+from engine.attention import Span, plan
+from engine.cache import KVCache
+from engine.model import Model
+from engine.pages import PagePool
+from engine.sampler import Choice, Row, TokenCounts, counts_for, sample
+from engine.scheduler import Job, Scheduler, Slice, Timing
+
+REMEMBERED_TIMINGS = 1024  # of released sequences; their owner asks right after the last token
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``[start, start + count)`` of a sequence that were computed in this step.
+
+    ``pages`` is the sequence's whole block table, as :meth:`engine.cache.KVCache.gather` takes it.
+    """
+
+    request_id: str
+    start: int
+    count: int
+    pages: tuple[int, ...]
+
+
+class LayerObserver(Protocol):
+    """Told where new KV lies while the step still runs, so that it can leave before the next layer is computed."""
+
+    def layer_written(self, layer: int, chunks: Sequence[Chunk]) -> None:
+        """Called on the engine thread, right after ``layer``'s K and V of this step's prefill_only chunks are in their
+        pages. Must return quickly. The pages stay as they are until the sequence is released."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    waiting: int  # sequences that are not in the running batch
+    waiting_tokens: int  # known tokens not yet computed, decodes aside
+    running: int
+    pages_used: int
+    pages_total: int
+    pages_high_water: int
+
+
+@dataclass(slots=True)
+class _Active:
+    work: Work
+    tokens: list[int]  # prompt and output
+    counts: TokenCounts | None
+
+    @property
+    def outputs(self) -> int:
+        return len(self.tokens) - len(self.work.prompt)
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        if self.counts is not None:
+            self.counts.add(token)
+
+    def finish(self) -> FinishReason | None:
+        """Why the sequence ends with its newest token, or None."""
+        sampling = self.work.sampling
+        newest = self.tokens[-1]
+        if newest in sampling.eos_token_ids or newest in sampling.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.outputs >= sampling.max_tokens else None
+
+
+class Engine:
+    """Continuous batching of one model over one paged KV cache. Every method runs on the thread that calls ``step``."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        page_tokens: int,
+        pages: int,
+        step_tokens: int,
+        max_running: int,
+        max_waiting: int,
+        observer: LayerObserver | None = None,
+    ) -> None:
+        self.layout = model.layout
+        self.cache = KVCache(model.layout, pages=pages, page_tokens=page_tokens, device=model.device)
+        self._model = model
+        self._observer = observer
+        self._pool = PagePool(pages, page_tokens)
+        self._scheduler = Scheduler(
+            self._pool, step_tokens=step_tokens, max_running=max_running, max_waiting=max_waiting
+        )
+        self._active: dict[str, _Active] = {}
+        self._past_timings: dict[str, Timing] = {}
+        self.blocked = False  # the last step found work but could run none: it waits for pages that others hold
+
+    def add(self, work: Work, *, prefill_only: bool = False) -> None:
+        """Queues ``work``. A prefill_only sequence yields its first token and then holds its pages until released.
+
+        Raises :class:`baton.errors.Overloaded` when too many wait and :class:`baton.errors.InvalidRequest` when it can
+        never fit.
+        """
+        self._scheduler.add(self._job(work, prefill_only), time.monotonic())
+        self._enter(work)
+
+    def reserve(self, work: Work) -> tuple[int, ...]:
+        """Pages for the prompt, taken now, whose KV someone else will write. Raises as :meth:`add` does."""
+        pages = self._scheduler.reserve(self._job(work, False), time.monotonic())
+        self._enter(work)
+        return pages
+
+    def start(self, request_id: str, first: TokenEvent) -> None:
+        """The reserved pages hold the whole prompt's KV, and ``first`` was emitted elsewhere: decode from there on."""
+        active = self._active.get(request_id)
+        if active is None:
+            raise NotFound("request_id", f"no sequence {request_id} here")
+        if first.finish:
+            self.release(request_id)
+            return
+        self._scheduler.start(request_id)
+        active.append(first.token)
+
+    def release(self, request_id: str) -> bool:
+        """Frees everything the sequence holds, whatever its state. False when there is none (any more)."""
+        active = self._active.pop(request_id, None)
+        if active is None:
+            return False
+        self._past_timings[request_id] = self._scheduler.timing(request_id)
+        if len(self._past_timings) > REMEMBERED_TIMINGS:
+            del self._past_timings[next(iter(self._past_timings))]
+        return self._scheduler.release(request_id)
+
+    def step(self) -> list[TokenEvent]:
+        """Computes one step and returns its new tokens. Empty also when sequences wait for pages that others hold."""
+        slices = self._scheduler.schedule(time.monotonic())
+        self.blocked = not slices and self.has_work
+        if not slices:
+            return []
+        # Longest context first: neighbours then share a padded gather.
+        decodes = sorted((part for part in slices if part.decode), key=lambda part: -part.start)
+        ordered = (*decodes, *(part for part in slices if not part.decode))
+        sampled = [part for part in ordered if part.samples]
+        logits = self._forward(ordered, len(decodes))
+        choices = sample(logits, [self._row(part) for part in sampled]) if sampled else []
+        self._scheduler.advance(ordered, time.monotonic())
+        return [self._emit(part, choice) for part, choice in zip(sampled, choices, strict=True)]
+
+    @property
+    def has_work(self) -> bool:
+        """Some sequence wants to be computed; held and reserved ones do not."""
+        return self._scheduler.has_work
+
+    def timing(self, request_id: str) -> Timing:
+        """``time.monotonic`` seconds of a sequence that is here or was released lately; else raises NotFound."""
+        past = self._past_timings.get(request_id)
+        return past if past is not None and request_id not in self._active else self._scheduler.timing(request_id)
+
+    def load(self) -> EngineLoad:
+        scheduler, pool = self._scheduler, self._pool
+        return EngineLoad(
+            scheduler.waiting, scheduler.waiting_tokens, scheduler.running, pool.used, pool.total, pool.high_water
+        )
+
+    def check_integrity(self) -> None:
+        """Raises :class:`engine.pages.PageIntegrityError` when a page leaked or has two owners."""
+        self._scheduler.check_integrity()
+
+    def _job(self, work: Work, prefill_only: bool) -> Job:
+        worst = max(work.prompt, default=0)
+        if worst >= self._model.spec.vocab_size or min(work.prompt, default=0) < 0:
+            raise InvalidRequest("prompt", f"token ids must lie in [0, {self._model.spec.vocab_size})")
+        length = len(work.prompt) + (1 if prefill_only else work.sampling.max_tokens)
+        if length > self._model.spec.max_context:
+            raise InvalidRequest("prompt", f"{length} tokens exceed the context of {self._model.spec.max_context}")
+        return Job(work.request_id, len(work.prompt), work.sampling.max_tokens, work.priority, prefill_only)
+
+    def _enter(self, work: Work) -> None:
+        self._past_timings.pop(work.request_id, None)
+        self._active[work.request_id] = _Active(work, list(work.prompt), counts_for(work.sampling, work.prompt))
+
+    def _forward(self, ordered: Sequence[Slice], decodes: int) -> torch.Tensor:
+        """Logits [slices that sample, vocab]; the step's KV is in the pages afterwards."""
+        model = self._model
+        spans = [Span(part.start, part.count, part.pages) for part in ordered]
+        tokens: list[int] = []
+        positions: list[int] = []
+        wanted = []
+        for part in ordered:
+            end = part.start + part.count
+            tokens += self._active[part.request_id].tokens[part.start : end]
+            positions += range(part.start, end)
+            if part.samples:
+                wanted.append(len(tokens) - 1)
+        attention = plan(
+            spans[:decodes],
+            spans[decodes:],
+            page_tokens=self.cache.page_tokens,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        rows = [torch.tensor(values, dtype=torch.int64, device=model.device) for values in (tokens, positions, wanted)]
+        return model.forward(rows[0], rows[1], attention, self.cache, rows[2], self._announcement(ordered))
+
+    def _announcement(self, ordered: Sequence[Slice]) -> Callable[[int], None] | None:
+        observer = self._observer
+        chunks = tuple(
+            Chunk(part.request_id, part.start, part.count, part.pages) for part in ordered if part.prefill_only
+        )
+        if observer is None or not chunks:
+            return None
+        return lambda layer: observer.layer_written(layer, chunks)
+
+    def _row(self, part: Slice) -> Row:
+        active = self._active[part.request_id]
+        return Row(active.work.sampling, active.outputs, active.counts)
+
+    def _emit(self, part: Slice, choice: Choice) -> TokenEvent:
+        active = self._active[part.request_id]
+        active.append(choice.token)
+        finish = active.finish()
+        if finish is not None and not part.prefill_only:
+            self.release(part.request_id)
+        return TokenEvent(
+            part.request_id,
+            active.outputs - 1,
+            choice.token,
+            choice.logprob,
+            choice.top,
+            finish.value if finish else "",
+        )

@@ -1,0 +1,125 @@
+"""The thread that owns an engine: steps while there is work, runs what others ask between steps, sleeps otherwise."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from baton.errors import Overloaded, Unavailable
+from baton.request import TokenEvent
+from engine.engine import Engine
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+MAX_CALLS = 8192  # far above what one worker's requests, cancels and reports put in flight between two steps
+IDLE_WAIT_S = 5.0  # how long one sleep lasts; a call ends it at once
+BLOCKED_WAIT_S = 0.05  # when work waits for pages that only a call can free
+
+
+class EngineLoop:
+    """Runs ``engine`` on a thread of its own. ``on_events`` and ``on_failure`` are called on that thread.
+
+    When a step or ``on_events`` raises, ``on_failure`` is told once and the thread ends: the engine's state is unknown
+    then, so the process is to be replaced.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_events: Callable[[list[TokenEvent]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._engine, self._on_events, self._on_failure = engine, on_events, on_failure
+        self._calls: queue.Queue[Callable[[], None]] = queue.Queue(MAX_CALLS)
+        self._gate = threading.Lock()  # between "is it still open" and "put a call in"
+        self._open = True
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def call(self, fn: Callable[[Engine], T]) -> Future[T]:
+        """``fn(engine)`` between two steps. The future raises what ``fn`` raises, or Unavailable after the loop ended."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            if not self._open:
+                future.set_exception(Unavailable("the engine has stopped"))
+                return
+            try:
+                future.set_result(fn(self._engine))
+            except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the future
+                future.set_exception(error)
+
+        with self._gate:
+            if not self._open:
+                run()
+                return future
+            try:
+                self._calls.put_nowait(run)
+            except queue.Full:
+                future.set_exception(Overloaded("too many calls wait for the engine", retry_after_ms=100))
+        return future
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ends the thread after its current step; True when it has ended. Calls that still wait become Unavailable."""
+        self._stopping.set()
+        self.call(lambda engine: None)  # wakes it
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # the thread's outer boundary
+            log.exception("the engine failed")
+            self._close()
+            self._on_failure(error)
+            return
+        self._close()
+
+    def _serve(self) -> None:
+        checked = True
+        while not self._stopping.is_set():
+            self._drain()
+            if self._engine.has_work:
+                checked = False
+                events = self._engine.step()
+                if events:
+                    self._on_events(events)
+                elif self._engine.blocked:
+                    self._wait(BLOCKED_WAIT_S)
+                continue
+            if not checked:
+                self._engine.check_integrity()
+                checked = True
+            self._wait(IDLE_WAIT_S)
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                call = self._calls.get_nowait()
+            except queue.Empty:
+                return
+            call()
+
+    def _wait(self, timeout_s: float) -> None:
+        try:
+            call = self._calls.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        call()
+
+    def _close(self) -> None:
+        with self._gate:
+            self._open = False
+        self._drain()

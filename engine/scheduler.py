@@ -1,0 +1,304 @@
+"""Which tokens are computed in the next step: iteration-level batching (Orca, OSDI'22) with chunked prefill
+(Sarathi-Serve, OSDI'24) over paged KV (vLLM, SOSP'23). Pure: token counts and the time in, plans out.
+
+    add ────► WAITING ──schedule──► RUNNING ──release──► gone
+                 ▲                   │   │
+                 └──── preempted ────┘   └─ prefill_only, first token out ──► HELD ──release──► gone
+    reserve ► RESERVED ──start──► READY ──schedule──► RUNNING
+
+A step is filled in this order: decodes, unfinished prefills, then new sequences (larger priority first, then older).
+A sequence enters with the pages of everything it must compute, so only decodes can run out of pages; then the running
+sequence of lowest priority and latest arrival loses its pages and is computed again later. A ``prefill_only`` sequence
+never loses its pages: others may be reading them.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from baton.errors import InvalidRequest, NotFound, Overloaded
+from engine.pages import PagePool
+
+RETRY_AFTER_MS = 100  # a few decode steps: pages come free at that pace
+
+
+class Phase(Enum):
+    WAITING = auto()
+    RESERVED = auto()
+    READY = auto()
+    RUNNING = auto()
+    HELD = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the scheduler must know of one sequence."""
+
+    request_id: str
+    prompt_tokens: int
+    max_tokens: int
+    priority: int = 0
+    prefill_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of the clock that the caller passes in. ``added_s`` is when the sequence was added or reserved."""
+
+    added_s: float
+    scheduled_s: float | None = None  # first time in a step
+    first_token_s: float | None = None  # first token that came out of a step here
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Tokens ``[start, start + count)`` of one sequence, to be computed in this step into ``pages``.
+
+    ``pages`` is the sequence's whole block table: token ``t`` lies in ``pages[t // page_tokens]``. ``samples`` says
+    that the slice ends at the sequence's last known token, so the next token is drawn from its last row.
+    """
+
+    request_id: str
+    start: int
+    count: int
+    pages: tuple[int, ...]
+    samples: bool
+    decode: bool
+    prefill_only: bool
+
+
+@dataclass(slots=True)
+class _Sequence:
+    job: Job
+    arrival: int
+    added_s: float
+    phase: Phase
+    known: int  # prompt and output tokens
+    computed: int = 0  # tokens whose KV is in the pages
+    pages: list[int] = field(default_factory=list)
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Sorts sequences into the order in which they are served."""
+        return (-self.job.priority, self.arrival)
+
+    @property
+    def decodes(self) -> bool:
+        return self.known - self.computed == 1 and self.known > self.job.prompt_tokens
+
+    @property
+    def preemptible(self) -> bool:
+        return not self.job.prefill_only
+
+
+class Scheduler:
+    """Owns the sequences and their pages. One thread."""
+
+    def __init__(self, pool: PagePool, *, step_tokens: int, max_running: int, max_waiting: int) -> None:
+        if min(step_tokens, max_running, max_waiting) < 1:
+            raise ValueError("step_tokens, max_running and max_waiting must be at least 1")
+        self.pool = pool
+        self.step_tokens = step_tokens
+        self.max_running = min(max_running, step_tokens)  # every running sequence gets at least one token a step
+        self.max_waiting = max_waiting
+        self.preemptions = 0
+        self._arrivals = 0
+        self._sequences: dict[str, _Sequence] = {}
+        self._waiting: list[_Sequence] = []  # sorted by rank
+        self._ready: list[_Sequence] = []  # sorted by rank
+        self._running: list[_Sequence] = []  # sorted by rank
+
+    def add(self, job: Job, now_s: float) -> None:
+        """Queues ``job``. Raises :class:`InvalidRequest` when it can never fit, :class:`Overloaded` when too many wait."""
+        self._check_fits(job)
+        if len(self._waiting) >= self.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} sequences are waiting already", retry_after_ms=RETRY_AFTER_MS)
+        _insert(self._waiting, self._enter(job, now_s, Phase.WAITING))
+
+    def reserve(self, job: Job, now_s: float) -> tuple[int, ...]:
+        """Takes the pages of ``job``'s prompt now, for KV that comes from elsewhere. Raises :class:`Overloaded`.
+
+        Pages that preempted sequences wait for are not given away: a stream of reservations would starve them.
+        """
+        self._check_fits(job)
+        need = self.pool.pages_for(job.prompt_tokens)
+        owed = sum(self.pool.pages_for(s.known) for s in self._waiting if s.known > s.job.prompt_tokens)
+        if need > self.pool.free - owed:
+            free = max(0, self.pool.free - owed)
+            raise Overloaded(f"{need} pages wanted, {free} of {self.pool.total} free", retry_after_ms=RETRY_AFTER_MS)
+        sequence = self._enter(job, now_s, Phase.RESERVED)
+        sequence.pages = self.pool.take(need)
+        return tuple(sequence.pages)
+
+    def start(self, request_id: str) -> None:
+        """The reserved pages now hold the whole prompt's KV and one output token is known: the sequence may decode."""
+        sequence = self._get(request_id)
+        if sequence.phase is not Phase.RESERVED:
+            raise InvalidRequest("request_id", f"{request_id} is not reserved")
+        sequence.computed = sequence.job.prompt_tokens
+        sequence.known = sequence.job.prompt_tokens + 1
+        sequence.phase = Phase.READY
+        _insert(self._ready, sequence)
+
+    def schedule(self, now_s: float) -> tuple[Slice, ...]:
+        """The next step, decodes first. Empty when nothing can run: then only a release or an add changes that."""
+        while self._ready and len(self._running) < self.max_running:
+            self._run(self._ready.pop(0))
+        chosen = self._decodes()
+        budget = self.step_tokens - len(chosen)
+        for sequence in self._running:
+            if budget > 0 and not sequence.decodes:
+                count = min(budget, sequence.known - sequence.computed)
+                chosen.append((sequence, count))
+                budget -= count
+        chosen += self._admit(budget)
+        for sequence, _ in chosen:
+            if sequence.scheduled_s is None:
+                sequence.scheduled_s = now_s
+        return tuple(_slice(sequence, count) for sequence, count in chosen)
+
+    def advance(self, step: tuple[Slice, ...], now_s: float) -> None:
+        """``step`` was computed: its KV is in the pages, and each slice that samples has one more known token."""
+        for part in step:
+            sequence = self._sequences[part.request_id]
+            sequence.computed += part.count
+            if not part.samples:
+                continue
+            sequence.known += 1
+            if sequence.first_token_s is None:
+                sequence.first_token_s = now_s
+            if sequence.job.prefill_only:
+                sequence.phase = Phase.HELD
+                self._running.remove(sequence)
+
+    def release(self, request_id: str) -> bool:
+        """Forgets the sequence and frees its pages, whatever its phase. False when there is none (any more)."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        match sequence.phase:
+            case Phase.WAITING:
+                self._waiting.remove(sequence)
+            case Phase.READY:
+                self._ready.remove(sequence)
+            case Phase.RUNNING:
+                self._running.remove(sequence)
+            case Phase.RESERVED | Phase.HELD:
+                pass
+        self.pool.drop(sequence.pages)
+        return True
+
+    def timing(self, request_id: str) -> Timing:
+        sequence = self._get(request_id)
+        return Timing(sequence.added_s, sequence.scheduled_s, sequence.first_token_s)
+
+    @property
+    def has_work(self) -> bool:
+        """Some sequence wants to be computed (it may still have to wait for pages)."""
+        return bool(self._running or self._ready or self._waiting)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting) + len(self._ready)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens that are known but not computed, over all sequences that want to be."""
+        return sum(s.known - s.computed for queue in (self._waiting, self._running) for s in queue if not s.decodes)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def check_integrity(self) -> None:
+        """Raises :class:`engine.pages.PageIntegrityError` unless all pages are owned as the sequences say."""
+        self.pool.check_integrity(sequence.pages for sequence in self._sequences.values())
+
+    def _check_fits(self, job: Job) -> None:
+        if job.request_id in self._sequences:
+            raise InvalidRequest("request_id", f"{job.request_id} is already here")
+        if job.prompt_tokens < 1 or job.max_tokens < 1:
+            raise InvalidRequest("prompt", "a sequence needs at least one prompt token and one output token")
+        tokens = job.prompt_tokens + (0 if job.prefill_only else job.max_tokens - 1)  # the last token needs no KV
+        if self.pool.pages_for(tokens) > self.pool.total:
+            capacity = self.pool.total * self.pool.page_tokens
+            raise InvalidRequest("prompt", f"{tokens} tokens can never fit this worker's KV cache of {capacity} tokens")
+
+    def _enter(self, job: Job, now_s: float, phase: Phase) -> _Sequence:
+        sequence = _Sequence(job, self._arrivals, now_s, phase, known=job.prompt_tokens)
+        self._arrivals += 1
+        self._sequences[job.request_id] = sequence
+        return sequence
+
+    def _get(self, request_id: str) -> _Sequence:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            raise NotFound("request_id", f"no sequence {request_id} here")
+        return sequence
+
+    def _run(self, sequence: _Sequence) -> None:
+        sequence.phase = Phase.RUNNING
+        _insert(self._running, sequence)
+
+    def _decodes(self) -> list[tuple[_Sequence, int]]:
+        """One token for every decode, best rank first, so that who is preempted was never chosen before."""
+        chosen = []
+        for sequence in [s for s in self._running if s.decodes]:
+            if sequence.phase is Phase.RUNNING and self._grow(sequence):
+                chosen.append((sequence, 1))
+        return chosen
+
+    def _grow(self, sequence: _Sequence) -> bool:
+        """Gives a decode the page of its next token, from others if it must; False when it was itself preempted."""
+        if len(sequence.pages) * self.pool.page_tokens > sequence.computed:
+            return True
+        while self.pool.free == 0:
+            victim = next(s for s in reversed(self._running) if s.preemptible)  # at worst ``sequence`` itself
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.pages += self.pool.take(1)
+        return True
+
+    def _preempt(self, victim: _Sequence) -> None:
+        self.preemptions += 1
+        self._running.remove(victim)
+        self.pool.drop(victim.pages)
+        victim.pages, victim.computed, victim.phase = [], 0, Phase.WAITING
+        _insert(self._waiting, victim)
+
+    def _admit(self, budget: int) -> list[tuple[_Sequence, int]]:
+        """New sequences while tokens, places and pages last. None overtakes the first that does not fit."""
+        chosen = []
+        while budget > 0 and self._waiting and len(self._running) < self.max_running:
+            sequence = self._waiting[0]
+            need = self.pool.pages_for(sequence.known)
+            if need > self.pool.free:
+                break
+            self._waiting.pop(0)
+            sequence.pages = self.pool.take(need)
+            self._run(sequence)
+            count = min(budget, sequence.known)
+            chosen.append((sequence, count))
+            budget -= count
+        return chosen
+
+
+def _insert(queue: list[_Sequence], sequence: _Sequence) -> None:
+    bisect.insort(queue, sequence, key=lambda s: s.rank)
+
+
+def _slice(sequence: _Sequence, count: int) -> Slice:
+    return Slice(
+        sequence.job.request_id,
+        sequence.computed,
+        count,
+        tuple(sequence.pages),
+        samples=sequence.computed + count == sequence.known,
+        decode=sequence.decodes,
+        prefill_only=sequence.job.prefill_only,
+    )
