@@ -1,0 +1,366 @@
+"""The life of one handoff, decided purely: messages and the time go in, state and an outcome come out.
+
+    receiver, Lease                                         sender, Dispatch
+    reserve ─► reserved ─begin─► sending ─┬─► landed        open ─► sending ─┬─► landed     Complete came
+                  │                 │     ├─► lost(reason)         │         ├─► lost       refusal, dead peer, stall
+                  └──── lease_s ────┴─────┴─► expired              └─────────┴─► expired    budget_s
+
+Invariants: an outcome never changes; every (layer, token) is announced exactly once and a handoff lands only when all
+of them have landed; a message of another epoch or another peer changes nothing but the count of refusals.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+from baton.errors import Overloaded
+from baton.layout import KVLayout
+from baton.request import TokenEvent
+from kvtransfer.protocol import DIGEST_BYTES, Begin, Block, Commit, Complete
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """Every token's KV is in the receiver's pages. Exposed seconds count from the sender's first token."""
+
+    first: TokenEvent
+    encode_s: float
+    wire_s: float
+    land_s: float
+    busy_s: float  # all encode, wire and land work, hidden or not
+    bytes: int  # encoded bytes that crossed the wire
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The lease or the request's budget ran out."""
+
+    reason: str
+
+
+Outcome = Landed | Lost | Expired
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens ``[start, start + count)`` of one layer."""
+
+    layer: int
+    start: int
+    count: int
+
+
+class Coverage:
+    """Which (layer, token) pairs have been seen, as sorted disjoint intervals per layer; each may be seen once."""
+
+    def __init__(self, layers: int, tokens: int) -> None:
+        self._tokens = tokens
+        self._starts: list[list[int]] = [[] for _ in range(layers)]
+        self._ends: list[list[int]] = [[] for _ in range(layers)]
+        self._missing = layers * tokens
+
+    @property
+    def missing(self) -> int:
+        """(layer, token) pairs not yet seen."""
+        return self._missing
+
+    def add(self, span: Span) -> str:
+        """Marks ``span`` as seen and returns "", or changes nothing and returns why it is refused."""
+        layer, start, end = span.layer, span.start, span.start + span.count
+        if not 0 <= layer < len(self._starts):
+            return f"layer {layer} of {len(self._starts)}"
+        if not (0 <= start < end <= self._tokens):
+            return f"tokens [{start}, {end}) of {self._tokens}"
+        starts, ends = self._starts[layer], self._ends[layer]
+        at = bisect_right(starts, start)
+        if (at > 0 and ends[at - 1] > start) or (at < len(starts) and starts[at] < end):
+            return f"tokens [{start}, {end}) of layer {layer} overlap ones already sent"
+        self._missing -= span.count
+        joins_left = at > 0 and ends[at - 1] == start
+        joins_right = at < len(starts) and starts[at] == end
+        if joins_left and joins_right:
+            ends[at - 1] = ends.pop(at)
+            starts.pop(at)
+        elif joins_left:
+            ends[at - 1] = end
+        elif joins_right:
+            starts[at] = start
+        else:
+            starts.insert(at, start)
+            ends.insert(at, end)
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    lease_s: float  # a reservation that nobody begins is freed after this long
+    stall_s: float  # a peer without a sign of life for this long is lost
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """One block is in the receiver's pages; times are readings of the receiver's clock."""
+
+    seq: int
+    nbytes: int
+    fetched_at: float
+    landed_at: float
+    work_s: float  # fetching, verifying, decoding and writing it
+
+
+class Lease:
+    """One reservation of the receiver. ``peer`` numbers connections; 0 is nobody."""
+
+    def __init__(
+        self, request_id: str, epoch: int, *, layout: KVLayout, tokens: int, codec: str,
+        budget_s: float, limits: Limits, now: float,
+    ) -> None:  # fmt: skip
+        self.request_id, self.epoch, self.tokens, self.codec = request_id, epoch, tokens, codec
+        self.peer = 0
+        self.outcome: Outcome | None = None
+        self._limits = limits
+        self._expires_at = now + budget_s
+        self._renewed_at = now
+        self._coverage = Coverage(layout.layers, tokens)
+        self._announced = 0
+        self._pending: dict[int, int] = {}  # seq -> nbytes
+        self._commit: Commit | None = None
+        self._committed_at = 0.0
+        self._fetched_at = self._landed_at = -math.inf
+        self._bytes, self._work_s = 0, 0.0
+
+    def begin(self, peer: int, begin: Begin, now: float) -> None:
+        if self.outcome is not None:
+            return
+        if self.peer:
+            self.lose("begun twice")
+        elif begin.tokens != self.tokens or begin.codec != self.codec:
+            self.lose(f"begun as {begin.tokens} tokens in {begin.codec}, reserved {self.tokens} in {self.codec}")
+        else:
+            self.peer, self._renewed_at = peer, now
+
+    def announce(self, block: Block, now: float, *, max_nbytes: int) -> bool:
+        """True when ``block`` may be fetched; otherwise the handoff is lost, or was over before."""
+        if self.outcome is not None:
+            return False
+        reason = self._refusal(block, max_nbytes) or self._coverage.add(Span(block.layer, block.start, block.count))
+        if reason:
+            self.lose(f"block {block.seq} refused: {reason}")
+            return False
+        self._announced += 1
+        self._pending[block.seq] = block.nbytes
+        self._renewed_at = now
+        return True
+
+    def _refusal(self, block: Block, max_nbytes: int) -> str:
+        if not self.peer:
+            return "the handoff has not begun"
+        if self._commit is not None:
+            return "it follows the commit"
+        if block.seq != self._announced:
+            return f"expected {self._announced}"
+        if block.codec != self.codec:
+            return f"codec {block.codec}, reserved {self.codec}"
+        if not 0 < block.nbytes <= max_nbytes:
+            return f"{block.nbytes} bytes, at most {max_nbytes}"
+        return "" if len(block.digest) == DIGEST_BYTES else "no digest"
+
+    def landed(self, arrived: Arrived, now: float) -> None:
+        if self.outcome is not None:
+            return
+        if self._pending.pop(arrived.seq, None) is None:
+            self.lose(f"block {arrived.seq} landed twice")
+            return
+        self._bytes += arrived.nbytes
+        self._work_s += arrived.work_s
+        self._fetched_at = max(self._fetched_at, arrived.fetched_at)
+        self._landed_at = max(self._landed_at, arrived.landed_at)
+        self._renewed_at = now
+        self._settle_if_complete()
+
+    def commit(self, commit: Commit, now: float) -> None:
+        if self.outcome is not None:
+            return
+        if not self.peer or self._commit is not None or commit.blocks != self._announced or self._coverage.missing:
+            self.lose(
+                f"commit of {commit.blocks} blocks refused: {self._announced} announced, "
+                f"{self._coverage.missing} (layer, token) pairs missing"
+            )
+            return
+        self._commit, self._committed_at, self._renewed_at = commit, now, now
+        self._settle_if_complete()
+
+    def _settle_if_complete(self) -> None:
+        commit = self._commit
+        if commit is None or self._pending:
+            return
+        self.outcome = Landed(
+            first=commit.first,
+            encode_s=commit.encode_exposed_s,
+            wire_s=max(0.0, self._fetched_at - self._committed_at),
+            land_s=max(0.0, self._landed_at - max(self._fetched_at, self._committed_at)),
+            busy_s=commit.encode_busy_s + self._work_s,
+            bytes=self._bytes,
+        )
+
+    def renew(self, now: float) -> None:
+        """The peer gave a sign of life."""
+        self._renewed_at = now
+
+    def lose(self, reason: str) -> None:
+        if self.outcome is None:
+            self.outcome = Lost(reason)
+
+    def tick(self, now: float) -> None:
+        if self.outcome is not None:
+            return
+        silent_s = now - self._renewed_at
+        if now >= self._expires_at:
+            self.outcome = Expired("the request's budget is used up")
+        elif self.peer and silent_s >= self._limits.stall_s:
+            self.lose(f"sender silent for {silent_s:.1f} s")
+        elif not self.peer and silent_s >= self._limits.lease_s:
+            self.outcome = Expired(f"nobody began within {self._limits.lease_s:g} s")
+
+
+class Leases:
+    """The leases of one receiver. A settled one costs no credit and is kept until it is forgotten."""
+
+    def __init__(self, layout: KVLayout, limits: Limits) -> None:
+        self._layout, self._limits = layout, limits
+        self._leases: dict[str, Lease] = {}
+
+    def reserve(
+        self, request_id: str, epoch: int, *, tokens: int, codec: str, budget_s: float, capacity: int, now: float
+    ) -> Lease:
+        """A new lease; raises :class:`Overloaded` for the lease after ``capacity``, ValueError for a stale epoch."""
+        known = self._leases.get(request_id)
+        if known is not None and (known.outcome is None or known.epoch >= epoch):
+            raise ValueError(f"{request_id}: epoch {epoch} after epoch {known.epoch}, which was not released")
+        if self.active >= capacity:
+            raise Overloaded(f"{self.active} handoffs under way, room for {capacity}", retry_after_ms=100)
+        lease = self._leases[request_id] = Lease(
+            request_id, epoch, layout=self._layout, tokens=tokens, codec=codec,
+            budget_s=budget_s, limits=self._limits, now=now,
+        )  # fmt: skip
+        return lease
+
+    @property
+    def active(self) -> int:
+        """Leases without an outcome: the credits in use."""
+        return sum(lease.outcome is None for lease in self._leases.values())
+
+    def find(self, request_id: str, epoch: int, peer: int) -> Lease | None:
+        """The lease that a message of ``peer`` may change; None for a stale epoch or somebody else's lease."""
+        lease = self._leases.get(request_id)
+        return lease if lease is not None and lease.epoch == epoch and lease.peer in (0, peer) else None
+
+    def of_peer(self, peer: int) -> list[Lease]:
+        """Leases under way whose KV comes from ``peer``."""
+        return [lease for lease in self._leases.values() if lease.peer == peer and lease.outcome is None]
+
+    def forget(self, lease: Lease) -> None:
+        """Drops a settled lease; ValueError while it is under way."""
+        if lease.outcome is None:
+            raise ValueError(f"{lease.request_id} is under way")
+        if self._leases.get(lease.request_id) is lease:
+            del self._leases[lease.request_id]
+
+    def tick(self, now: float) -> list[Lease]:
+        """The leases that ran out of time just now."""
+        under_way = [lease for lease in self._leases.values() if lease.outcome is None]
+        for lease in under_way:
+            lease.tick(now)
+        return [lease for lease in under_way if lease.outcome is not None]
+
+
+@dataclass(slots=True)
+class Dispatch:
+    """The sender's twin of a :class:`Lease`: what was pushed, what is staged and unacknowledged, how it ended."""
+
+    request_id: str
+    epoch: int
+    coverage: Coverage
+    expires_at: float
+    outcome: Outcome | None = None
+    first: TokenEvent | None = None
+    finished_at: float = math.inf
+    encode_exposed_s: float = 0.0
+    encode_busy_s: float = 0.0
+    unstaged: int = 0  # spans pushed and not yet staged
+    announced: int = 0
+    unacked: set[int] = field(default_factory=set)
+    committed: bool = False
+
+    def push(self, span: Span) -> bool:
+        """True when ``span`` is to be encoded; a span that breaks the coverage loses the handoff."""
+        if self.outcome is not None:
+            return False
+        reason = "it follows the last one" if self.first is not None else self.coverage.add(span)
+        if reason:
+            self.lose(f"push refused: {reason}")
+            return False
+        self.unstaged += 1
+        return True
+
+    def staged(self, *, work_s: float, now: float) -> int:
+        """One span is encoded; returns the sequence number under which to announce it."""
+        seq = self.announced
+        self.announced += 1
+        self.unstaged -= 1
+        self.unacked.add(seq)
+        self.encode_busy_s += work_s
+        self.encode_exposed_s = max(0.0, now - self.finished_at)
+        return seq
+
+    def ack(self, seq: int) -> bool:
+        """True when ``seq`` was outstanding, so that its staging may be freed; else the handoff is lost."""
+        if seq in self.unacked:
+            self.unacked.discard(seq)
+            return True
+        self.lose(f"block {seq} acknowledged, which is not outstanding")
+        return False
+
+    def finish(self, first: TokenEvent, now: float) -> None:
+        if self.outcome is not None:
+            return
+        if self.coverage.missing or self.first is not None:
+            self.lose(f"finished with {self.coverage.missing} (layer, token) pairs never pushed, or twice")
+            return
+        self.first, self.finished_at = first, now
+
+    def commit(self, told: int) -> Commit | None:
+        """The commit, once: when the first token is known, all spans are staged and the peer knows of all blocks."""
+        if self.outcome is not None or self.first is None or self.unstaged or self.committed:
+            return None
+        if told != self.announced:
+            return None
+        self.committed = True
+        return Commit(
+            self.request_id, self.epoch, self.announced, self.first, self.encode_exposed_s, self.encode_busy_s
+        )
+
+    def complete(self, complete: Complete) -> None:
+        if self.outcome is not None:
+            return
+        if not self.committed or self.first is None or self.unacked:
+            self.lose("the receiver completed a handoff that is not")
+            return
+        self.outcome = Landed(
+            self.first, self.encode_exposed_s, complete.wire_s, complete.land_s, complete.busy_s, complete.nbytes
+        )
+
+    def lose(self, reason: str) -> None:
+        if self.outcome is None:
+            self.outcome = Lost(reason)
+
+    def tick(self, now: float) -> None:
+        if self.outcome is None and now >= self.expires_at:
+            self.outcome = Expired("the request's budget is used up")

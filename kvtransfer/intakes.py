@@ -1,0 +1,131 @@
+"""The receiver's reservations and what hangs on them: a gate before the pages, a peer to answer, a waiter."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from baton.errors import Unavailable
+from baton.layout import KVLayout
+from kvtransfer.handoff import Arrived, Expired, Landed, Lease, Leases, Limits, Lost
+from kvtransfer.landing import Gate, Landing, Write
+from kvtransfer.protocol import Acks, Begin, Block, Commit, Complete, Drop
+
+Send = Callable[[object], None]
+
+
+class Intake:
+    """One lease and its surroundings. The landing threads report through the event loop, so only it changes a lease."""
+
+    def __init__(self, lease: Lease, write: Write, settle: Callable[[Intake], None]) -> None:
+        self.lease = lease
+        self.over = asyncio.Event()
+        self._quiet = asyncio.Event()
+        self._settle = settle
+        self._send: Send | None = None
+        self._loop = asyncio.get_running_loop()
+        self.landing = Landing(
+            Gate(partial(self._post, self._quiet.set)), write,
+            on_arrived=partial(self._post, self.arrived), on_lost=partial(self._post, self.lose),
+        )  # fmt: skip
+
+    def begin(self, peer: int, begin: Begin, send: Send) -> None:
+        if self._send is None:
+            self._send = send
+        self.lease.begin(peer, begin, time.monotonic())
+        self._settle(self)
+
+    def announce(self, block: Block, *, max_nbytes: int) -> bool:
+        """True when ``block`` is to be fetched."""
+        accepted = self.lease.announce(block, time.monotonic(), max_nbytes=max_nbytes)
+        self._settle(self)
+        return accepted
+
+    def commit(self, commit: Commit) -> None:
+        self.lease.commit(commit, time.monotonic())
+        self._settle(self)
+
+    def arrived(self, arrived: Arrived) -> None:
+        if self.lease.outcome is None:
+            self.answer(Acks(self.lease.request_id, self.lease.epoch, (arrived.seq,)))
+        self.lease.landed(arrived, time.monotonic())
+        self._settle(self)
+
+    def lose(self, reason: str) -> None:
+        self.lease.lose(reason)
+        self._settle(self)
+
+    def answer(self, record: object) -> None:
+        """Tells the peer, if one has begun; the link's own end is what loses handoffs, not a failed answer."""
+        if self._send is not None:
+            with contextlib.suppress(Unavailable):
+                self._send(record)
+
+    async def quiet(self) -> None:
+        """Returns when no thread writes this request's pages and none will. The lease must be over."""
+        await self._quiet.wait()
+
+    def _post(self, call: Callable[..., object], *args: Any) -> None:
+        self._loop.call_soon_threadsafe(call, *args)
+
+
+class Intakes:
+    def __init__(self, layout: KVLayout, limits: Limits) -> None:
+        self._leases = Leases(layout, limits)
+        self._intakes: dict[str, Intake] = {}
+
+    @property
+    def active(self) -> int:
+        return self._leases.active
+
+    def reserve(
+        self, request_id: str, epoch: int, *, tokens: int, codec: str, budget_s: float, capacity: int, write: Write
+    ) -> Intake:
+        """Raises :class:`Overloaded` beyond ``capacity`` leases and ValueError for a stale epoch."""
+        lease = self._leases.reserve(
+            request_id, epoch, tokens=tokens, codec=codec, budget_s=budget_s, capacity=capacity, now=time.monotonic()
+        )
+        intake = self._intakes[request_id] = Intake(lease, write, self._settle)
+        return intake
+
+    def get(self, request_id: str) -> Intake | None:
+        return self._intakes.get(request_id)
+
+    def find(self, request_id: str, epoch: int, peer: int) -> Intake | None:
+        """The intake that a message of ``peer`` may change; None for a stale epoch or somebody else's."""
+        return None if self._leases.find(request_id, epoch, peer) is None else self._intakes[request_id]
+
+    def of_peer(self, peer: int) -> list[Intake]:
+        return [self._intakes[lease.request_id] for lease in self._leases.of_peer(peer)]
+
+    def forget(self, intake: Intake) -> None:
+        self._leases.forget(intake.lease)
+        if self._intakes.get(intake.lease.request_id) is intake:
+            del self._intakes[intake.lease.request_id]
+
+    def lose_all(self, reason: str) -> None:
+        for intake in list(self._intakes.values()):
+            intake.lose(reason)
+
+    def tick(self, now: float) -> None:
+        for lease in self._leases.tick(now):
+            self._settle(self._intakes[lease.request_id])
+
+    def _settle(self, intake: Intake) -> None:
+        """Once there is an outcome: closes the gate, tells the peer, wakes whoever waits."""
+        lease = intake.lease
+        if lease.outcome is None or intake.over.is_set():
+            return
+        intake.over.set()
+        intake.landing.gate.close()
+        match lease.outcome:
+            case Landed() as landed:
+                intake.answer(
+                    Complete(lease.request_id, lease.epoch, landed.wire_s, landed.land_s, landed.busy_s, landed.bytes)
+                )
+            case Lost(reason) | Expired(reason):
+                intake.answer(Drop(lease.request_id, lease.epoch, reason))

@@ -1,0 +1,198 @@
+"""The receiver's threads: one per peer pulls announced blocks into landing buffers, one for all verifies, decodes and
+writes them. No thread of one stopped peer delays another peer's blocks, and decoding takes one core at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from baton.layout import KVLayout
+from kvtransfer.arena import BufferPool, Region
+from kvtransfer.codecs import CodecError, make_codec
+from kvtransfer.handoff import Arrived
+from kvtransfer.protocol import Block, block_digest
+from kvtransfer.transports import FetchLost, Source
+
+log = logging.getLogger(__name__)
+
+Write: TypeAlias = Callable[[int, int, Tensor, Tensor], None]
+
+
+class Gate:
+    """Stands between the landing thread and one request's pages. Once closed and quiet, nobody writes them again."""
+
+    def __init__(self, on_quiet: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._on_quiet = on_quiet
+        self._closed = self._inside = False
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def enter(self) -> bool:
+        with self._lock:
+            self._inside = not self._closed
+            return self._inside
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside = False
+            closed = self._closed
+        if closed:
+            self._on_quiet()
+
+    def close(self) -> None:
+        """No writer enters any more; ``on_quiet`` is called once none is inside, maybe more than once."""
+        with self._lock:
+            self._closed = True
+            quiet = not self._inside
+        if quiet:
+            self._on_quiet()
+
+
+@dataclass(slots=True, eq=False)
+class Landing:
+    """Where one handoff's blocks go. The callbacks are called on the landing threads."""
+
+    gate: Gate
+    write: Write
+    on_arrived: Callable[[Arrived], None]
+    on_lost: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    block: Block
+    landing: Landing
+    region: Region
+    fetch_s: float
+    fetched_at: float
+
+
+class Lander:
+    """Verifies, decodes and writes fetched blocks. Its queue is bounded by the landing buffers that it holds."""
+
+    def __init__(self, layout: KVLayout, pool: BufferPool) -> None:
+        self._layout, self._pool = layout, pool
+        self._codecs = {name: make_codec(name, layout) for name in ("raw", "lossless", "int8")}
+        self._fetched: queue.SimpleQueue[Fetched | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kv-land", daemon=True)
+        self._thread.start()
+
+    def put(self, fetched: Fetched) -> None:
+        self._fetched.put(fetched)
+
+    def close(self) -> None:
+        """Lands what was put before, then ends."""
+        self._fetched.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (fetched := self._fetched.get()) is not None:
+            landing, block = fetched.landing, fetched.block
+            started = time.monotonic()
+            try:
+                if self._land(fetched):
+                    now = time.monotonic()
+                    work_s = fetched.fetch_s + now - started
+                    landing.on_arrived(Arrived(block.seq, block.nbytes, fetched.fetched_at, now, work_s))
+            except CodecError as error:
+                landing.on_lost(f"block {block.seq}: {error}")
+            except Exception as error:
+                log.exception("%s: cannot write layer %d", block.request_id, block.layer)
+                landing.on_lost(f"cannot write: {error}")
+            finally:
+                self._pool.give(fetched.region)
+
+    def _land(self, fetched: Fetched) -> bool:
+        block, landing = fetched.block, fetched.landing
+        data = self._pool.memory.view(fetched.region.offset, block.nbytes)
+        digest = block_digest(
+            data, request_id=block.request_id, epoch=block.epoch, layout=self._layout.fingerprint,
+            layer=block.layer, start=block.start, count=block.count, codec=block.codec,
+        )  # fmt: skip
+        if digest != block.digest:
+            landing.on_lost(f"block {block.seq}: digest mismatch")
+            return False
+        keys, values = self._codecs[block.codec].decode(data, block.count)
+        if not landing.gate.enter():
+            return False
+        try:
+            landing.write(block.layer, block.start, keys, values)
+        finally:
+            landing.gate.leave()
+        return True
+
+
+class Puller:
+    """Fetches one peer's blocks, in order."""
+
+    def __init__(
+        self, source: Source, pool: BufferPool, lander: Lander,
+        *, stall_s: float, on_broken: Callable[[str], object], name: str,
+    ) -> None:  # fmt: skip
+        self._source, self._pool, self._lander, self._stall_s = source, pool, lander, stall_s
+        self._on_broken = on_broken
+        self._wanted: queue.SimpleQueue[tuple[Block, Landing] | None] = queue.SimpleQueue()
+        self._stopped = False
+        self._unended: list[Callable[[], bool]] = []
+        self._thread = threading.Thread(target=self._run, name=f"kv-pull-{name}", daemon=True)
+        self._thread.start()
+
+    def pull(self, block: Block, landing: Landing) -> None:
+        self._wanted.put((block, landing))
+
+    def stop(self) -> None:
+        """Gives up the fetch under way and every queued one."""
+        self._stopped = True
+        self._source.interrupt()
+        self._wanted.put(None)
+
+    def retire(self) -> bool:
+        """After ``stop``: True once nothing of this peer can write any more, and its source is closed."""
+        if self._thread.is_alive():
+            return False
+        self._unended = [ended for ended in self._unended if not ended()]
+        if self._unended:
+            return False
+        self._source.close()
+        return True
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (job := self._wanted.get()) is not None:
+            block, landing = job
+            if self._stopped or landing.gate.closed:
+                continue
+            region = self._pool.take(block.nbytes, timeout_s=self._stall_s)
+            if region is None:
+                landing.on_lost(f"no landing buffer became free within {self._stall_s:g} s")
+                continue
+            started = time.monotonic()
+            try:
+                self._source.fetch(block.offset, block.nbytes, region.offset, self._stall_s)
+            except FetchLost as error:
+                self._give_up(region, error)
+                continue
+            now = time.monotonic()
+            self._lander.put(Fetched(block, landing, region, now - started, now))
+
+    def _give_up(self, region: Region, error: FetchLost) -> None:
+        if error.ended is None:
+            self._pool.give(region)
+        else:
+            self._unended.append(error.ended)
+            self._pool.quarantine(region, error.ended)
+        self._stopped = True
+        self._on_broken(str(error))

@@ -1,0 +1,170 @@
+"""The receiver's end of one control connection: what one sender announces is checked here and passed to its puller."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+
+from baton.errors import ProtocolError, Unavailable
+from baton.frames import FrameStream
+from kvtransfer.arena import BufferPool
+from kvtransfer.codecs import Codec
+from kvtransfer.intakes import Intake, Intakes
+from kvtransfer.landing import Lander, Puller
+from kvtransfer.protocol import (
+    BLOCK_RAW_BYTES,
+    PROTOCOL,
+    Alive,
+    Attach,
+    Begin,
+    Block,
+    Commit,
+    Drop,
+    Refused,
+    Welcome,
+)
+from kvtransfer.transports import Fetcher, FetchLost
+
+log = logging.getLogger(__name__)
+
+_peers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What every link of one receiver shares."""
+
+    worker_id: str
+    generation: str
+    layout: str
+    transport: str
+    stall_s: float
+    intakes: Intakes
+    codecs: dict[str, Codec]
+    pool: BufferPool
+    fetcher: Fetcher
+    lander: Lander
+
+
+class ReceiverLink:
+    """Serves one sender until either end closes; then its leases are lost and its puller stopped."""
+
+    def __init__(self, ground: Ground, stream: FrameStream) -> None:
+        self._ground, self._stream = ground, stream
+        self._peer = next(_peers)
+        self._sent_at = time.monotonic()
+        self._broken = ""
+        self._loop = asyncio.get_running_loop()
+        self.puller: Puller | None = None
+
+    async def serve(self) -> None:
+        reason = "prefill worker closed the connection"
+        try:
+            self.puller = await self._welcome()
+            while self.puller is not None and (record := await self._stream.receive()) is not None:
+                self._take(record, self.puller)
+        except (ProtocolError, Unavailable) as error:
+            reason = str(error)
+        finally:
+            self._end(self._broken or reason)
+
+    def close(self, reason: str) -> None:
+        self._broken = self._broken or reason
+        self._stream.abort()
+
+    def tick(self, now: float) -> None:
+        """Sends a heartbeat while the sender has leases here."""
+        if now - self._sent_at >= self._ground.stall_s / 5 and self._ground.intakes.of_peer(self._peer):
+            try:
+                self._send(Alive())
+            except Unavailable as error:
+                self.close(str(error))
+
+    async def _welcome(self) -> Puller | None:
+        """The puller of a sender that fits, or None after a refusal."""
+        ground = self._ground
+        try:
+            async with asyncio.timeout(ground.stall_s):
+                attach = await self._stream.receive()
+        except TimeoutError:
+            raise Unavailable("nobody introduced itself") from None
+        if not isinstance(attach, Attach):
+            raise ProtocolError("the first record is not Attach")
+        reason = self._mismatch(attach)
+        source = None
+        if not reason:
+            try:
+                source = await asyncio.to_thread(ground.fetcher.connect, attach.address, ground.stall_s)
+            except FetchLost as error:
+                reason = str(error)
+        if source is None:
+            log.warning("sender %s refused: %s", attach.worker_id, reason)
+            self._send(Refused(reason))
+            await self._stream.close()
+            return None
+        log.info("%s receives from %s over %s", ground.worker_id, attach.worker_id, ground.transport)
+        puller = Puller(
+            source, ground.pool, ground.lander, stall_s=ground.stall_s, name=attach.worker_id,
+            on_broken=self._break,
+        )  # fmt: skip
+        self._send(Welcome(ground.worker_id, ground.generation))
+        return puller
+
+    def _break(self, reason: str) -> None:
+        """The puller's thread lost the data connection."""
+        self._loop.call_soon_threadsafe(self.close, reason)
+
+    def _mismatch(self, attach: Attach) -> str:
+        ground = self._ground
+        if attach.protocol != PROTOCOL:
+            return f"handoff protocol {attach.protocol}, this worker speaks {PROTOCOL}"
+        if attach.receiver_generation != ground.generation:
+            return f"generation {attach.receiver_generation} is gone, this is {ground.generation}"
+        if attach.layout != ground.layout:
+            return f"KV layout {attach.layout} is not this worker's {ground.layout}"
+        return "" if attach.transport == ground.transport else f"transport {attach.transport}, not {ground.transport}"
+
+    def _take(self, record: object, puller: Puller) -> None:
+        if not isinstance(record, Begin | Block | Commit | Drop | Alive):
+            raise ProtocolError(f"{type(record).__name__} on the receiver's side")
+        now = time.monotonic()
+        for own in self._ground.intakes.of_peer(self._peer):
+            own.lease.renew(now)  # any frame is a sign of life of the whole process
+        if isinstance(record, Alive):
+            return
+        intake = self._ground.intakes.find(record.request_id, record.epoch, self._peer)
+        if intake is not None:
+            self._apply(record, intake, puller)
+        elif isinstance(record, Begin):
+            self._send(Drop(record.request_id, record.epoch, f"no lease for epoch {record.epoch}"))
+
+    def _apply(self, record: Begin | Block | Commit | Drop, intake: Intake, puller: Puller) -> None:
+        match record:
+            case Begin():
+                intake.begin(self._peer, record, self._send)
+            case Block():
+                if intake.announce(record, max_nbytes=self._bound(record)):
+                    puller.pull(record, intake.landing)
+            case Commit():
+                intake.commit(record)
+            case Drop():
+                intake.lose(f"prefill worker: {record.reason}")
+
+    def _bound(self, block: Block) -> int:
+        """Most bytes that the block's codec may need, at most what a block may be; 0 for a codec that is none."""
+        codec = self._ground.codecs.get(block.codec)
+        return codec.bound(block.count) if codec is not None and 0 < block.count <= BLOCK_RAW_BYTES else 0
+
+    def _send(self, record: object) -> None:
+        self._sent_at = time.monotonic()
+        self._stream.send(record)
+
+    def _end(self, reason: str) -> None:
+        for intake in self._ground.intakes.of_peer(self._peer):
+            intake.lose(reason)
+        if self.puller is not None:
+            self.puller.stop()
+        self._stream.abort()

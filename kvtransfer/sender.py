@@ -1,0 +1,128 @@
+"""The prefill side of the handoff: layers are pushed as they are computed, staged, announced, and freed when landed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+
+from baton.config import HandoffConfig
+from baton.errors import Overloaded
+from baton.layout import KVLayout
+from baton.messages import Ticket
+from kvtransfer.arena import BufferPool
+from kvtransfer.encoder import Encoder, Gather
+from kvtransfer.outgoing import Outgoing
+from kvtransfer.protocol import PROTOCOL, Attach
+from kvtransfer.sender_link import SenderLink
+from kvtransfer.transports import Exporter, make_exporter
+
+log = logging.getLogger(__name__)
+
+MAX_HANDOFFS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class SenderStats:
+    handoffs: int
+    staging_bytes_used: int
+    staging_bytes_total: int
+    transport: str
+
+
+class Sender:
+    """One per prefill worker. Methods run on the event loop that ran ``start`` unless they say otherwise."""
+
+    def __init__(
+        self, layout: KVLayout, config: HandoffConfig, *, worker_id: str, generation: str, host: str = "127.0.0.1"
+    ) -> None:
+        self.layout, self.config = layout, config
+        self.worker_id, self.generation = worker_id, generation
+        self._host = host
+        self._staging = BufferPool(config.staging_bytes)
+        self._outgoing: set[Outgoing] = set()
+        self._links: dict[tuple[str, int, str], SenderLink] = {}  # by host, port and generation of the receiver
+        self._exporter: Exporter | None = None
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Registers the staging memory with the transport. Raises :class:`baton.errors.ConfigError`."""
+        build = partial(
+            make_exporter, self.config.transport, self._staging.memory,
+            name=f"{self.worker_id}-{self.generation}", host=self._host, ucx_tls=self.config.ucx_tls,
+        )  # fmt: skip
+        self._exporter = await asyncio.to_thread(build)
+        self._encoder = Encoder(self.layout, self._staging)
+        self._ticker = asyncio.create_task(self._tick())
+        log.info("%s sends KV over %s", self.worker_id, self.config.transport)
+
+    async def close(self) -> None:
+        """Loses every handoff under way and frees everything."""
+        if self._exporter is None or self._ticker is None:
+            return
+        for outgoing in list(self._outgoing):
+            outgoing.lose("the sender closes")
+        self._ticker.cancel()
+        await asyncio.gather(*(link.close() for link in list(self._links.values())))
+        await asyncio.to_thread(self._encoder.close)
+        await asyncio.to_thread(self._exporter.close)
+        self._exporter = None
+
+    def open(self, ticket: Ticket, *, tokens: int, budget_s: float, gather: Gather) -> Outgoing:
+        """Starts the handoff of ``ticket``; it is lost at once when the two workers do not fit together.
+
+        ``gather(layer, start, count)`` runs on the encoder's thread and returns keys and values,
+        [count, kv_heads, head_dim] each, which are read before it is called again. Raises :class:`Overloaded`.
+        """
+        if len(self._outgoing) >= MAX_HANDOFFS:
+            raise Overloaded(f"{MAX_HANDOFFS} handoffs under way", retry_after_ms=100)
+        outgoing = Outgoing(
+            self._encoder, self.layout, ticket, tokens=tokens, budget_s=budget_s, gather=gather,
+            on_over=self._outgoing.discard,
+        )  # fmt: skip
+        self._outgoing.add(outgoing)
+        mismatch = self._mismatch(ticket)
+        if mismatch:
+            outgoing.lose(mismatch)
+        else:
+            self._link(ticket).add(outgoing)
+        return outgoing
+
+    def _link(self, ticket: Ticket) -> SenderLink:
+        """The connection to the ticket's receiver, opened on first use."""
+        key = (ticket.host, ticket.port, ticket.generation)
+        link = self._links.get(key)
+        if link is None:
+            if self._exporter is None:
+                raise RuntimeError("the sender is not started")
+            attach = Attach(
+                PROTOCOL, self.worker_id, self.generation, ticket.generation, self.layout.fingerprint,
+                self.config.transport, self._exporter.address(),
+            )  # fmt: skip
+            link = self._links[key] = SenderLink(
+                ticket.host, ticket.port, attach,
+                stall_s=self.config.stall_s, on_end=partial(self._links.pop, key, None),
+            )  # fmt: skip
+        return link
+
+    def _mismatch(self, ticket: Ticket) -> str:
+        if ticket.layout != self.layout.fingerprint:
+            return f"KV layout {ticket.layout} is not this worker's {self.layout.fingerprint}"
+        if ticket.transport != self.config.transport:
+            return f"transport {ticket.transport} is not this worker's {self.config.transport}"
+        return "" if ticket.codec in ("raw", "lossless", "int8") else f"codec {ticket.codec!r}"
+
+    def stats(self) -> SenderStats:
+        staging = self._staging.stats()
+        return SenderStats(len(self._outgoing), staging.used_bytes, staging.total_bytes, self.config.transport)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(min(0.25, self.config.stall_s / 8))
+            now = time.monotonic()
+            for outgoing in list(self._outgoing):
+                outgoing.tick(now)
+            for link in list(self._links.values()):
+                link.tick(now)

@@ -1,0 +1,148 @@
+"""The sender's end of one control connection, shared by every handoff to the same receiver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from baton.errors import ProtocolError, Unavailable
+from baton.frames import FrameStream
+from kvtransfer.protocol import CONTROL, Acks, Alive, Attach, Complete, Drop, Refused, Welcome
+
+log = logging.getLogger(__name__)
+
+
+class Rider(Protocol):
+    """A handoff that travels over a link."""
+
+    request_id: str
+    epoch: int
+
+    @property
+    def unacknowledged(self) -> bool:
+        """Blocks are announced for which no acknowledgement came yet."""
+
+    def joined(self, link: SenderLink) -> None: ...
+    def attached(self) -> None: ...
+    def received(self, record: Acks | Complete | Drop) -> None: ...
+    def lose(self, reason: str) -> None: ...
+
+
+class SenderLink:
+    """Connects at once; its end, for whatever reason, loses every handoff on it."""
+
+    def __init__(self, host: str, port: int, attach: Attach, *, stall_s: float, on_end: Callable[[], object]) -> None:
+        self._host, self._port, self._attach, self._stall_s, self._on_end = host, port, attach, stall_s, on_end
+        self._riders: dict[tuple[str, int], Rider] = {}
+        self._stream: FrameStream | None = None
+        self._welcome = False
+        self._heard_at = self._progress_at = self._sent_at = time.monotonic()
+        self._task = asyncio.create_task(self._run(), name=f"kv-link-{host}:{port}")
+
+    def add(self, rider: Rider) -> None:
+        key = (rider.request_id, rider.epoch)
+        if key in self._riders:
+            rider.lose("this attempt is already under way")
+            return
+        self._quiet_until_now()
+        self._riders[key] = rider
+        rider.joined(self)
+        if self._welcome:
+            rider.attached()
+
+    def remove(self, rider: Rider) -> None:
+        self._riders.pop((rider.request_id, rider.epoch), None)
+
+    def send(self, record: object) -> None:
+        """Raises nothing: a broken connection ends the link, which loses its handoffs."""
+        if self._stream is None:
+            return
+        self._sent_at = time.monotonic()
+        try:
+            self._stream.send(record)
+        except Unavailable as error:
+            log.info("kv link to %s:%d: %s", self._host, self._port, error)
+            self._stream.abort()
+
+    def tick(self, now: float) -> None:
+        """Sends a heartbeat while handoffs are under way, and cuts a peer that gives no sign of life or of progress."""
+        if not self._riders or not self._welcome or self._stream is None:
+            return
+        if now - self._sent_at >= self._stall_s / 5:
+            self.send(Alive())
+        if not any(rider.unacknowledged for rider in self._riders.values()):
+            self._progress_at = now
+        if now - self._heard_at >= self._stall_s:
+            self._cut(f"decode worker silent for {now - self._heard_at:.1f} s")
+        elif now - self._progress_at >= self._stall_s:
+            self._cut(f"decode worker took no block for {now - self._progress_at:.1f} s")
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    def _quiet_until_now(self) -> None:
+        if not self._riders:  # an idle link hears nothing, which says nothing
+            self._heard_at = self._progress_at = time.monotonic()
+
+    async def _run(self) -> None:
+        reason = "the link closed"
+        try:
+            async with await FrameStream.connect(self._host, self._port, CONTROL, timeout_s=self._stall_s) as stream:
+                self._stream = stream
+                await self._introduce(stream)
+                while (record := await stream.receive()) is not None:
+                    self._take(record)
+            reason = "decode worker closed the connection"
+        except (Unavailable, ProtocolError) as error:
+            reason = str(error)
+        finally:
+            self._welcome, self._stream = False, None
+            self._on_end()
+            self._cut(reason)
+
+    async def _introduce(self, stream: FrameStream) -> None:
+        stream.send(self._attach)
+        try:
+            async with asyncio.timeout(self._stall_s):
+                answer = await stream.receive()
+        except TimeoutError:
+            raise Unavailable("decode worker did not answer") from None
+        match answer:
+            case Welcome(generation=self._attach.receiver_generation):
+                self._welcome = True
+                self._heard_at = self._progress_at = time.monotonic()
+                for rider in list(self._riders.values()):
+                    rider.attached()
+            case Refused():
+                raise Unavailable(f"decode worker refused: {answer.reason}")
+            case None:
+                raise Unavailable("decode worker closed the connection")
+            case _:
+                raise ProtocolError(f"{type(answer).__name__} instead of Welcome")
+
+    def _take(self, record: object) -> None:
+        self._heard_at = time.monotonic()
+        match record:
+            case Acks() | Complete() | Drop():
+                if isinstance(record, Acks):
+                    self._progress_at = self._heard_at
+                rider = self._riders.get((record.request_id, record.epoch))
+                if rider is not None:  # else it ended here first, and its last messages crossed
+                    rider.received(record)
+            case Alive():
+                pass
+            case _:
+                raise ProtocolError(f"{type(record).__name__} on the sender's side")
+
+    def _cut(self, reason: str) -> None:
+        """Loses every handoff and drops the connection."""
+        for rider in list(self._riders.values()):
+            rider.lose(reason)
+        if self._stream is not None:
+            self._stream.abort()

@@ -1,0 +1,217 @@
+"""NIXL over UCX: RDMA, CMA or TCP, whatever UCX finds, or what ``handoff.ucx_tls`` says.
+
+Measured with NIXL 1.5.1 (docs/adr/0003-landing-buffers.md): the exporting agent needs a progress thread, which the
+Python wrapper lets spin a whole core, so the agent is built through the bindings with a 100 µs delay; the fetching one
+needs none and is polled with short sleeps. CMA copies inside ``postXferReq`` with the GIL released. A released transfer
+is no fence: an unfinished one is kept and polled until it ends, and only then is its landing range free.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+import msgpack
+
+from baton.errors import ConfigError
+from kvtransfer.arena import HostMemory
+from kvtransfer.transports import FetchLost, check_range
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_DELAY_US = 100
+_POLL_FIRST_S, _POLL_MOST_S = 50e-6, 1e-3
+_process_tls: str | None = None
+
+
+def _bindings(ucx_tls: str) -> Any:
+    """NIXL's bindings; UCX reads UCX_TLS once per process, so the first agent fixes it."""
+    global _process_tls  # noqa: PLW0603  UCX's own state is per process
+    if _process_tls is None:
+        if ucx_tls:
+            os.environ["UCX_TLS"] = ucx_tls
+        _process_tls = ucx_tls
+    elif _process_tls != ucx_tls:
+        raise ConfigError(f"this process already uses {_process_tls!r}, got {ucx_tls!r}", field="handoff.ucx_tls")
+    try:
+        return importlib.import_module("nixl")._bindings
+    except ImportError as error:
+        raise ConfigError(f"transport nixl: {error}; install nixl or choose tcp", field="handoff.transport") from None
+
+
+class _Agent:
+    """One NIXL agent with one registered range of host memory. Calls are serialized: the agent has no locks."""
+
+    def __init__(self, memory: HostMemory, *, name: str, ucx_tls: str, progress_thread: bool) -> None:
+        self.b = _bindings(ucx_tls)
+        config = self.b.nixlAgentConfig()
+        config.useProgThread = progress_thread
+        config.pthrDelay = _PROGRESS_DELAY_US
+        config.useListenThread = False
+        self.name, self.memory = name, memory
+        self.lock = threading.Lock()
+        try:
+            self.nixl = self.b.nixlAgent(name, config)
+            self.nixl.createBackend("UCX", {})
+            self._registered = self.b.nixlRegDList(self.b.DRAM_SEG)
+            self._registered.addDesc((memory.address, memory.nbytes, 0, ""))
+            self.nixl.registerMem(self._registered, [])
+        except (RuntimeError, self.b.nixlBackendError) as error:
+            raise ConfigError(f"transport nixl: no UCX agent: {error}", field="handoff.transport") from None
+        log.info("nixl agent %s: %d MiB registered, UCX_TLS=%s", name, memory.nbytes >> 20, os.environ.get("UCX_TLS"))
+
+    def descriptors(self, address: int, nbytes: int) -> Any:
+        descriptors = self.b.nixlXferDList(self.b.DRAM_SEG)
+        descriptors.addDesc((address, nbytes, 0))
+        return descriptors
+
+    def close(self) -> None:
+        with self.lock:
+            self.nixl.deregisterMem(self._registered, [])
+            del self.nixl
+
+
+class NixlExporter:
+    def __init__(self, memory: HostMemory, *, name: str, ucx_tls: str) -> None:
+        self._agent = _Agent(memory, name=f"{name}-export", ucx_tls=ucx_tls, progress_thread=True)
+        self._address: bytes = msgpack.packb(
+            [self._agent.name, self._agent.nixl.getLocalMD(), memory.address, memory.nbytes]
+        )
+
+    def address(self) -> bytes:
+        return self._address
+
+    def close(self) -> None:
+        self._agent.close()
+
+
+class NixlFetcher:
+    def __init__(self, memory: HostMemory, *, name: str, ucx_tls: str) -> None:
+        self._agent = _Agent(memory, name=f"{name}-fetch", ucx_tls=ucx_tls, progress_thread=False)
+        self._errors = _errors(self._agent.b)
+        # Open sources by remote agent: a peer may reconnect before its old link is gone.
+        self._users: dict[str, int] = {}
+
+    def connect(self, address: bytes, deadline_s: float) -> NixlSource:
+        try:
+            name, metadata, base, exported = msgpack.unpackb(address, max_array_len=4, max_ext_len=0)
+            valid = isinstance(name, str) and isinstance(metadata, bytes) and type(base) is type(exported) is int
+        except (ValueError, TypeError, msgpack.UnpackException):
+            valid = False
+        if not valid:
+            raise FetchLost("not a nixl address")
+        agent = self._agent
+        with agent.lock:
+            if not self._users.get(name):
+                try:
+                    loaded = agent.nixl.loadRemoteMD(metadata)
+                except self._errors as error:
+                    raise FetchLost(f"nixl metadata of {name} refused: {error}") from None
+                if loaded != name.encode():
+                    agent.nixl.invalidateRemoteMD(loaded.decode())
+                    raise FetchLost(f"nixl metadata is of {loaded!r}, not of {name}")
+            self._users[name] = self._users.get(name, 0) + 1
+        return NixlSource(self, agent, name, base, exported)
+
+    def leave(self, name: str) -> None:
+        with self._agent.lock:
+            self._users[name] -= 1
+            if self._users[name] == 0:
+                del self._users[name]
+                try:
+                    self._agent.nixl.invalidateRemoteMD(name)
+                except self._errors as error:
+                    log.info("nixl agent %s was gone already: %s", name, error)
+
+    def close(self) -> None:
+        self._agent.close()
+
+
+class NixlSource:
+    def __init__(self, fetcher: NixlFetcher, agent: _Agent, name: str, base: int, exported: int) -> None:
+        self._fetcher, self._agent, self._name = fetcher, agent, name
+        self._base, self._exported = base, exported
+        self._interrupted = False
+        self._left = False
+
+    def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> None:
+        check_range(offset, nbytes, self._exported)
+        if self._interrupted:
+            raise FetchLost("interrupted")
+        deadline = time.monotonic() + deadline_s
+        transfer = _Transfer(self._agent, self._name, self._base + offset, nbytes, at)
+        pause_s = _POLL_FIRST_S
+        while not transfer.poll():
+            if self._interrupted or time.monotonic() >= deadline:
+                reason = "interrupted" if self._interrupted else f"stalled for {deadline_s:.1f} s"
+                raise FetchLost(f"nixl fetch of {nbytes} bytes {reason}", transfer.ended)
+            time.sleep(pause_s)
+            pause_s = min(_POLL_MOST_S, pause_s * 1.5)
+
+    def interrupt(self) -> None:
+        self._interrupted = True
+
+    def close(self) -> None:
+        self._interrupted = True
+        if not self._left:
+            self._left = True
+            self._fetcher.leave(self._name)
+
+
+class _Transfer:
+    """One READ, from its posting until NIXL itself says that it is over."""
+
+    def __init__(self, agent: _Agent, name: str, remote: int, nbytes: int, at: int) -> None:
+        self._agent, self._handle, self._posted = agent, None, False
+        self._errors = _errors(agent.b)
+        local = agent.descriptors(agent.memory.address + at, nbytes)
+        with agent.lock:
+            try:
+                self._handle = agent.nixl.createXferReq(
+                    agent.b.NIXL_READ, local, agent.descriptors(remote, nbytes), name, "", []
+                )
+            except self._errors as error:
+                raise FetchLost(f"nixl fetch of {nbytes} bytes: {error}") from None
+
+    def poll(self) -> bool:
+        """True when the bytes are there; raises :class:`FetchLost` when they will never be."""
+        agent = self._agent
+        with agent.lock:
+            if self._handle is None:
+                return True
+            try:
+                step = agent.nixl.getXferStatus if self._posted else agent.nixl.postXferReq
+                self._posted = True
+                status = step(self._handle)
+            except self._errors as error:
+                self._release()
+                raise FetchLost(f"nixl: {error}") from None
+            if status == agent.b.NIXL_IN_PROG:
+                return False
+            self._release()
+            if status != agent.b.NIXL_SUCCESS:
+                raise FetchLost(f"nixl: {status}")
+            return True
+
+    def ended(self) -> bool:
+        """Whether this transfer can write no more, whatever became of it."""
+        try:
+            return self.poll()
+        except FetchLost:
+            return True
+
+    def _release(self) -> None:
+        self._agent.nixl.releaseXferReq(self._handle)
+        self._handle = None
+
+
+def _errors(b: Any) -> tuple[type[Exception], ...]:
+    """Everything that the bindings raise; they have no common base."""
+    return tuple(
+        error for name in dir(b) if name.endswith("Error")
+        if isinstance(error := getattr(b, name), type) and issubclass(error, Exception)
+    )  # fmt: skip
