@@ -37,7 +37,7 @@ class KVCache:
         ``pages`` is the block table from token 0 on: token ``t`` lies in ``pages[t // page_tokens]``.
         """
         rows = self.layers[layer].index_select(0, self._slots(pages, start, count))
-        keys, values = rows.split(self.layout.kv_heads, dim=1)
+        keys, values = rows.chunk(2, dim=1)
         return keys.contiguous(), values.contiguous()
 
     def scatter(self, layer: int, pages: Sequence[int], start: int, k: torch.Tensor, v: torch.Tensor) -> None:

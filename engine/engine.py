@@ -13,7 +13,7 @@ from baton.errors import InvalidRequest, NotFound
 from baton.request import FinishReason, TokenEvent, Work
 from engine.attention import Span, plan
 from engine.cache import KVCache
-from engine.model import Model
+from engine.model import Batch, Model
 from engine.pages import PagePool
 from engine.sampler import Choice, Row, TokenCounts, counts_for, sample
 from engine.scheduler import Job, Scheduler, Slice, Timing
@@ -206,8 +206,12 @@ class Engine:
             dtype=model.dtype,
             device=model.device,
         )
-        rows = [torch.tensor(values, dtype=torch.int64, device=model.device) for values in (tokens, positions, wanted)]
-        return model.forward(rows[0], rows[1], attention, self.cache, rows[2], self._announcement(ordered))
+
+        def indexes(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=model.device)
+
+        batch = Batch(indexes(tokens), indexes(positions), indexes(wanted), attention)
+        return model.forward(batch, self.cache, self._announcement(ordered))
 
     def _announcement(self, ordered: Sequence[Slice]) -> Callable[[int], None] | None:
         observer = self._observer

@@ -103,10 +103,11 @@ def _rope_scaling(reader: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _end_tokens(facts: Mapping[str, Any]) -> list[int]:
-    named = {facts.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")}
+    names = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
+    named = {int(facts[name]) for name in names if name in facts}
     tokens, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
     known = {index for index, kind in enumerate(kinds) if kind == _CONTROL and tokens[index] in END_TOKENS}
-    return sorted((named | known) - {None})
+    return sorted(named | known)
 
 
 def _write_weights(reader: Any, config: Mapping[str, Any], folder: Path, report: Callable[[str, float], None]) -> None:
@@ -134,7 +135,8 @@ def _write_index(folder: Path) -> None:
     """The map from tensors to files that other readers of a sharded folder expect."""
     from safetensors import safe_open
 
-    places, total = {}, 0
+    places: dict[str, str] = {}
+    total = 0
     for file in sorted(folder.glob("*.safetensors")):
         total += os.path.getsize(file)
         with safe_open(file, framework="pt") as opened:

@@ -65,7 +65,7 @@ def resolve(model_id: str, cache_dir: str | Path, progress: Progress | None = No
         return local
     if local.suffix == ".gguf" and local.is_file():
         return _resolve_gguf(local, cache, report)
-    if _HUB_ID.fullmatch(model_id) and not local.suffix == ".gguf":
+    if _HUB_ID.fullmatch(model_id) and local.suffix != ".gguf":
         return _resolve_hub(model_id, report)
     raise _unknown(model_id)
 

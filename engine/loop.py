@@ -45,7 +45,7 @@ class EngineLoop:
         self._thread.start()
 
     def call(self, fn: Callable[[Engine], T]) -> Future[T]:
-        """``fn(engine)`` between two steps. The future raises what ``fn`` raises, or Unavailable after the loop ended."""
+        """``fn(engine)`` between two steps. The future raises what ``fn`` raises; Unavailable once the loop ended."""
         future: Future[T] = Future()
 
         def run() -> None:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import linear, rms_norm, silu
 
 from baton.layout import Dtype, KVLayout
 from engine.attention import AttentionPlan
 from engine.cache import TORCH_DTYPES, KVCache
 from engine.spec import LinearRope, Llama3Rope, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's rows, all sequences one after the other."""
+
+    tokens: Tensor  # [rows]
+    positions: Tensor  # [rows]
+    wanted: Tensor  # [logits rows] indexes of the rows whose logits are needed
+    attention: AttentionPlan
 
 
 class Layer:
@@ -46,21 +57,13 @@ class Model:
         self.cos, self.sin = cos.to(device, self.dtype), sin.to(device, self.dtype)
 
     @torch.inference_mode()
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        attention: AttentionPlan,
-        cache: KVCache,
-        wanted: Tensor,
-        layer_written: Callable[[int], None] | None = None,
-    ) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache, layer_written: Callable[[int], None] | None = None) -> Tensor:
         """Logits [wanted rows, vocab] of a step, whose KV is in ``cache`` afterwards.
 
-        tokens, positions: [rows]; wanted: indexes of the rows whose logits are needed. ``layer_written(layer)`` is
-        called when a layer's KV of all rows is in its pages, before the next layer computes.
+        ``layer_written(layer)`` is called when a layer's KV of all rows is in its pages, before the next one.
         """
-        hidden = self.embedding[tokens]  # [rows, hidden]
+        attention, positions, wanted = batch.attention, batch.positions, batch.wanted
+        hidden = self.embedding[batch.tokens]  # [rows, hidden]
         cos, sin = self.cos[positions, None], self.sin[positions, None]  # [rows, 1, head_dim]
         for index, layer in enumerate(self.layers):
             pages = cache.layers[index]
@@ -72,13 +75,13 @@ class Model:
             if index == len(self.layers) - 1:  # only logits follow: the other rows need no output, no MLP
                 hidden, attended = hidden[wanted], attended[wanted]
             hidden = self._mix(layer, hidden, attended)
-        return F.linear(F.rms_norm(hidden, (self.spec.hidden,), self.norm, self.spec.norm_eps), self.head)
+        return linear(rms_norm(hidden, (self.spec.hidden,), self.norm, self.spec.norm_eps), self.head)
 
     def _queries_and_kv(self, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """[rows, heads, head_dim] and [rows, 2 * kv_heads, head_dim], queries and keys rotated to their positions."""
         spec = self.spec
-        normed = F.rms_norm(hidden, (spec.hidden,), layer.attention_norm, spec.norm_eps)
-        qkv = F.linear(normed, layer.qkv).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        normed = rms_norm(hidden, (spec.hidden,), layer.attention_norm, spec.norm_eps)
+        qkv = linear(normed, layer.qkv).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
         rotated = qkv[:, : spec.heads + spec.kv_heads]
         swapped = rotated.roll(spec.head_dim // 2, dims=-1)  # the halves of each head; ``sin`` carries the sign
         rotated.mul_(cos).addcmul_(swapped, sin)
@@ -86,10 +89,10 @@ class Model:
 
     def _mix(self, layer: Layer, hidden: Tensor, attended: Tensor) -> Tensor:
         """Adds attention's output and then the MLP's. hidden: [rows, hidden], attended: [rows, heads * head_dim]."""
-        hidden = hidden + F.linear(attended, layer.out)
-        normed = F.rms_norm(hidden, (self.spec.hidden,), layer.mlp_norm, self.spec.norm_eps)
-        gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)  # [rows, intermediate] each
-        return hidden + F.linear(F.silu(gate).mul_(up), layer.down)
+        hidden = hidden + linear(attended, layer.out)
+        normed = rms_norm(hidden, (self.spec.hidden,), layer.mlp_norm, self.spec.norm_eps)
+        gate, up = linear(normed, layer.gate_up).chunk(2, dim=-1)  # [rows, intermediate] each
+        return hidden + linear(silu(gate).mul_(up), layer.down)
 
 
 def rope_tables(spec: ModelSpec) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,18 @@ class Timing:
     scheduled_s: float | None = None  # first time in a step
     first_token_s: float | None = None  # first token that came out of a step here
 
+    @property
+    def queue_s(self) -> float:
+        """Seconds from being added to the first step; 0 before it."""
+        return 0.0 if self.scheduled_s is None else self.scheduled_s - self.added_s
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds from the first step to the first token that came out here; 0 before it."""
+        if self.scheduled_s is None or self.first_token_s is None:
+            return 0.0
+        return self.first_token_s - self.scheduled_s
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -113,7 +125,7 @@ class Scheduler:
         self._running: list[_Sequence] = []  # sorted by rank
 
     def add(self, job: Job, now_s: float) -> None:
-        """Queues ``job``. Raises :class:`InvalidRequest` when it can never fit, :class:`Overloaded` when too many wait."""
+        """Queues ``job``. Raises InvalidRequest when it can never fit, Overloaded when too many wait."""
         self._check_fits(job)
         if len(self._waiting) >= self.max_waiting:
             raise Overloaded(f"{len(self._waiting)} sequences are waiting already", retry_after_ms=RETRY_AFTER_MS)
@@ -180,15 +192,10 @@ class Scheduler:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
-        match sequence.phase:
-            case Phase.WAITING:
-                self._waiting.remove(sequence)
-            case Phase.READY:
-                self._ready.remove(sequence)
-            case Phase.RUNNING:
-                self._running.remove(sequence)
-            case Phase.RESERVED | Phase.HELD:
-                pass
+        queues = {Phase.WAITING: self._waiting, Phase.READY: self._ready, Phase.RUNNING: self._running}
+        queue = queues.get(sequence.phase)
+        if queue is not None:
+            queue.remove(sequence)
         self.pool.drop(sequence.pages)
         return True
 

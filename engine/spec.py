@@ -1,4 +1,4 @@
-"""What our transformer must know of a model, read from its Hugging Face config and checked: unknown shapes are refused."""
+"""What our transformer must know of a model, read from its Hugging Face config; what it cannot run is refused."""
 
 from __future__ import annotations
 

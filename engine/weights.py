@@ -19,7 +19,7 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 def choose_dtype(name: str, device: torch.device) -> Dtype:
     """``auto``: bfloat16 on CUDA and on CPUs that multiply it (AMX, AVX512-BF16), else float32.
 
-    A CPU without either emulates it: SmolLM2's matrices take 9 times as long on AVX2 (docs/adr/0004-engine-numerics.md).
+    A CPU without either emulates it: SmolLM2's take 9 times as long on AVX2 (docs/adr/0004-engine-numerics.md).
     """
     match name:
         case "float32" | "bfloat16":
@@ -78,7 +78,7 @@ def _targets(model: Model) -> dict[str, torch.Tensor]:
         targets["lm_head.weight"] = model.head
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
-        q, k, v = layer.qkv.split([width, kv_width, kv_width])
+        q, k, v = torch.split(layer.qkv, [width, kv_width, kv_width])
         gate, up = layer.gate_up.chunk(2)
         named = {
             "input_layernorm": layer.attention_norm,
