@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
     """The embedded model as a Hugging Face folder; fetched and converted once per machine."""
-    from engine import hub
+    from engine.hub import resolve
 
-    return hub.resolve("smollm2-135m-instruct", Path("~/.cache/baton").expanduser())
+    return resolve("smollm2-135m-instruct", Path("~/.cache/baton").expanduser())
 
 
 @pytest.fixture(scope="session")
