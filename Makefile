@@ -1,0 +1,52 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup check test test-slow demo bench generate
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := baton router prefill_worker decode_worker kvtransfer engine placement deploy
+PROMPT ?= Why is the sky blue? Answer in two sentences.
+BENCH ?= --rate 1 --requests 60
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv with everything in it (once)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Baton needs Python 3.11 or newer; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes a few minutes"
+	@$(BIN)/python -m pip install --quiet torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
+	@touch $@
+
+check: setup ## format, lint, types, import layers, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(PACKAGES) bench proto/generate.py docs/generate.py
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python proto/generate.py --check
+	$(BIN)/python docs/generate.py --check
+
+test: setup ## every test but the slow ones and those that need a GPU
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+test-slow: setup ## the slow tests
+	$(BIN)/pytest -m 'slow and not gpu'
+
+demo: setup ## start a local cluster, stream one answer with its stage ledger, stop the cluster
+	@$(BIN)/baton model pull
+	@$(BIN)/baton up --name demo; \
+	trap '$(BIN)/baton down --name demo' EXIT; \
+	$(BIN)/baton generate --name demo --max-tokens 64 "$(PROMPT)"
+
+bench: setup ## load on a running cluster; BENCH='--rate 2 ...' sets the options
+	$(BIN)/python bench/goodput.py $(BENCH)
+
+generate: setup ## rewrite generated stubs and docs
+	$(BIN)/python proto/generate.py
+	$(BIN)/python docs/generate.py

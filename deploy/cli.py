@@ -1,0 +1,240 @@
+"""The command line: ``baton up | down | status | generate | chat | model pull | config show``.
+
+Answers go to standard output, everything about them (progress, ledgers, errors) to standard error. Exit codes: 0 done,
+1 the service failed, 2 the input or the configuration is wrong, 130 interrupted. Ray and torch are imported only by
+the commands that need them, so that clients start at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from baton.errors import BatonError, ConfigError, InvalidRequest, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from baton.config import Config
+    from deploy.client import Client
+    from deploy.talk import Answer
+
+ANSWER_TOKENS = 256
+
+app = typer.Typer(help="Prefill and decode on separate workers.", no_args_is_help=True, pretty_exceptions_enable=False)
+model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
+config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+app.add_typer(config_app, name="config")
+
+Name = Annotated[str, typer.Option(help="Name of the local cluster.")]
+Address = Annotated[str | None, typer.Option(help="host:port of a gRPC endpoint, instead of a local cluster's.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; see docs/config.md.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Makes the random draws repeatable.")]
+Codec = Annotated[str | None, typer.Option(help="raw, lossless or int8.")]
+System = Annotated[str | None, typer.Option(help="System message of the conversation.")]
+Timeout = Annotated[float, typer.Option(help="Seconds that one answer may take.")]
+
+
+@app.command()
+def up(
+    *,
+    name: Annotated[str | None, typer.Option(help="Name of the cluster.")] = None,
+    prefill: Annotated[int | None, typer.Option(help="Prefill workers; 0 decodes and prefills in one pool.")] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name, Hugging Face folder or id, or .gguf file.")] = None,
+    config: ConfigFile = None,
+    transport: Annotated[str | None, typer.Option(help="nixl, tcp or loopback.")] = None,
+    codec: Codec = None,
+    quality_floor: Annotated[str | None, typer.Option(help="exact, or int8 to allow lossy transfers.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC endpoint.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port of the HTTP endpoint.")] = None,
+) -> None:
+    """Start a local cluster in the background and print its endpoints."""
+    flags = {
+        "name": name,
+        "prefill.replicas": prefill,
+        "decode.replicas": decode,
+        "model.id": model,
+        "handoff.transport": transport,
+        "handoff.codec": codec,
+        "handoff.quality_floor": quality_floor,
+        "ingress.grpc_port": grpc_port,
+        "ingress.http_port": http_port,
+    }
+    settings = _config(config, flags)
+    from deploy import local
+
+    endpoints = local.up(settings, progress=_note)
+    print(f"gRPC  {endpoints.grpc}\nHTTP  http://{endpoints.http}/health\nlogs  {endpoints.log_dir}")
+
+
+@app.command()
+def down(name: Name = "baton") -> None:
+    """End the local cluster, and only what `up` started."""
+    from deploy import local
+
+    ended = local.down(name, progress=_note)
+    _note(f"{name} has ended" if ended else f"no cluster named {name} is running")
+
+
+@app.command()
+def status(name: Name = "baton", address: Address = None) -> None:
+    """Show pools, workers, what they hold, and the transport."""
+    from deploy import draw
+
+    with _client(name, address) as client:
+        Console().print(draw.status(client.status()))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input.")],
+    *,
+    name: Name = "baton",
+    address: Address = None,
+    max_tokens: MaxTokens = ANSWER_TOKENS,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given often.")] = None,
+    codec: Codec = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")] = False,
+    system: System = None,
+    timeout: Timeout = 600.0,
+) -> None:
+    """Stream one answer, then draw where its time went."""
+    from deploy import talk
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = talk.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or ())
+    if raw:
+        request = talk.raw_request(text, sampling, codec)
+    else:
+        request = talk.chat_request([*talk.opening(system), ("user", text)], sampling, codec)
+    with _client(name, address) as client:
+        _show(talk.stream(client.generate(request, timeout_s=timeout), sys.stdout))
+
+
+@app.command()
+def chat(
+    *,
+    name: Name = "baton",
+    address: Address = None,
+    max_tokens: MaxTokens = ANSWER_TOKENS,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    codec: Codec = None,
+    system: System = None,
+    timeout: Timeout = 600.0,
+) -> None:
+    """Talk with the model; an empty line or Ctrl-D ends, Ctrl-C stops an answer."""
+    from deploy import talk
+
+    sampling = talk.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=())
+    turns = talk.opening(system)
+    with _client(name, address) as client:
+        while text := _ask():
+            request = talk.chat_request([*turns, ("user", text)], sampling, codec)
+            try:
+                answer = talk.stream(client.generate(request, timeout_s=timeout), sys.stdout)
+            except KeyboardInterrupt:
+                _note("\nstopped; this turn is forgotten")
+            except BatonError as error:
+                _note(f"error: {error}; this turn is forgotten")
+            else:
+                turns += [("user", text), ("assistant", answer.text)]
+                _show(answer)
+
+
+@model_app.command("pull")
+def pull(
+    model: Annotated[str | None, typer.Argument(help="Model name, Hugging Face id, or .gguf file.")] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Fetch and convert a model, so that workers find it, and print its folder."""
+    from deploy import draw
+    from engine import hub
+
+    settings = _config(config, {"model.id": model})
+    with draw.fetching(_notes()) as report:
+        folder = hub.resolve(settings.model.id, settings.model.cache_dir, report)
+    print(folder)
+
+
+@config_app.command("show")
+def show(config: ConfigFile = None) -> None:
+    """Print the whole configuration as YAML, defaults included."""
+    import yaml
+
+    print(yaml.safe_dump(_config(config, {}).model_dump(), sort_keys=False), end="")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script. Every expected failure is one line on standard error and an exit code."""
+    try:
+        app(args=argv, prog_name="baton")
+    except BatonError as error:
+        _note(f"error: {error}")
+        sys.exit(2 if isinstance(error, InvalidRequest | NotFound | ConfigError) else 1)
+
+
+def _config(path: Path | None, flags: Mapping[str, object]) -> Config:
+    from baton.config import load
+
+    return load(path).with_flags(dict(flags))
+
+
+def _client(name: str, address: str | None) -> Client:
+    from deploy.client import Client
+
+    if address is None:
+        from deploy import local
+
+        endpoints = local.endpoints(name)
+        if endpoints is None:
+            raise Unavailable(f"no cluster named {name} is running; start it with `baton up`, or give --address")
+        address = endpoints.grpc
+    return Client(address)
+
+
+def _show(answer: Answer) -> None:
+    from deploy import draw
+
+    notes = _notes()
+    notes.print(draw.stage_ledger(answer.ledger, width=min(draw.BAR_CELLS, notes.width)))
+    per_s = answer.tokens_per_s
+    rate = f", {per_s:.1f} tokens/s after the first" if per_s else ""
+    notes.print(
+        f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, ended by {answer.finish}{rate}", style="dim"
+    )
+
+
+def _ask() -> str:
+    """The next line of the conversation; empty when it is over."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() history and editing
+    try:
+        return input("\n> ").strip()
+    except EOFError:
+        return ""
+
+
+def _notes() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
