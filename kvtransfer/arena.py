@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ALIGN = 64  # a cache line; every codec's planes may assume it
+ALIGN = 64  # a cache line, and more than any codec's integers need
+_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +98,16 @@ class HostMemory:
     """Bytes at a fixed address, resident only where touched; transports register them once."""
 
     def __init__(self, nbytes: int) -> None:
-        self._bytes = np.empty(nbytes, dtype=np.uint8)
+        room = np.empty(nbytes + _PAGE_BYTES, dtype=np.uint8)
+        skip = -int(room.ctypes.data) % _PAGE_BYTES
+        self._bytes = room[skip : skip + nbytes]
         self.nbytes = nbytes
         self.address = int(self._bytes.ctypes.data)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         if not (offset >= 0 and nbytes >= 0 and offset + nbytes <= self.nbytes):
             raise ValueError(f"[{offset}, {offset + nbytes}) outside {self.nbytes} bytes")
-        return memoryview(self._bytes)[offset : offset + nbytes]  # type: ignore[arg-type, unused-ignore]
+        return self._bytes.data[offset : offset + nbytes]
 
 
 @dataclass(frozen=True, slots=True)

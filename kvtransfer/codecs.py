@@ -9,6 +9,7 @@ Sizes found in the bytes are checked against what the block's token count allows
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from baton.errors import BatonError
 from baton.layout import DTYPE_BYTES, KVLayout
+from kvtransfer.arena import ALIGN
+from kvtransfer.protocol import block_tokens
 
 Words: TypeAlias = npt.NDArray[Any]  # unsigned integers that carry the values' bits
 
@@ -57,6 +60,11 @@ def make_codec(name: str, layout: KVLayout) -> Codec:
             return Int8Codec(layout)
         case _:
             raise ValueError(f"codec {name!r}")
+
+
+def largest_block(codecs: Iterable[Codec], layout: KVLayout) -> int:
+    """Bytes of the largest block that any of ``codecs`` may produce."""
+    return max(codec.bound(block_tokens(layout)) for codec in codecs) + ALIGN
 
 
 class _Shape:

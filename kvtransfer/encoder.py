@@ -16,11 +16,13 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from baton.config import CODECS
 from baton.layout import KVLayout
 from kvtransfer.arena import BufferPool, Region
 from kvtransfer.codecs import make_codec
-from kvtransfer.handoff import Dispatch, Span
-from kvtransfer.protocol import BLOCK_RAW_BYTES, Block, block_digest
+from kvtransfer.coverage import Span
+from kvtransfer.handoff import Dispatch
+from kvtransfer.protocol import Block, block_digest, block_tokens
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,8 @@ class Job:
 class Encoder:
     def __init__(self, layout: KVLayout, staging: BufferPool) -> None:
         self._layout, self._staging = layout, staging
-        self._codecs = {name: make_codec(name, layout) for name in ("raw", "lossless", "int8")}
-        self._block_tokens = max(1, BLOCK_RAW_BYTES // layout.layer_token_bytes)
+        self._codecs = {name: make_codec(name, layout) for name in CODECS}
+        self._block_tokens = block_tokens(layout)
         self.changed = threading.Condition()
         self._waiting: dict[Feed, None] = {}  # feeds with spans, oldest first
         self._feeds: Counter[str] = Counter()  # by peer
@@ -151,7 +153,7 @@ class Encoder:
         nbytes = self._codecs[feed.codec].bound(feed.spans[0].count)
         # One peer that acknowledges nothing must not stop the handoffs to the others.
         share = self._staging.memory.nbytes // (1 if len(self._feeds) <= 1 else 2)
-        if self._held[feed.peer] + nbytes > share:
+        if self._held[feed.peer] and self._held[feed.peer] + nbytes > share:
             return None
         region = self._staging.take(nbytes)
         if region is not None:
@@ -175,6 +177,7 @@ class Encoder:
         block = None
         with self.changed:
             feed.gathering = False
+            idle = feed.idle
             if dispatch.outcome is not None:
                 self._free(feed, job.region)
             else:
@@ -188,7 +191,8 @@ class Encoder:
                 )  # fmt: skip
         if block is not None:
             feed.on_staged(block)
-        feed.on_idle()
+        if idle:
+            feed.on_idle()
 
     def _failed(self, job: Job, reason: str) -> None:
         with self.changed:

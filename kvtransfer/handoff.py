@@ -12,12 +12,12 @@ of them have landed; a message of another epoch or another peer changes nothing 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from dataclasses import dataclass, field
 
 from baton.errors import Overloaded
 from baton.layout import KVLayout
 from baton.request import TokenEvent
+from kvtransfer.coverage import Coverage, Span
 from kvtransfer.protocol import DIGEST_BYTES, Begin, Block, Commit, Complete
 
 
@@ -46,56 +46,6 @@ class Expired:
 
 
 Outcome = Landed | Lost | Expired
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Tokens ``[start, start + count)`` of one layer."""
-
-    layer: int
-    start: int
-    count: int
-
-
-class Coverage:
-    """Which (layer, token) pairs have been seen, as sorted disjoint intervals per layer; each may be seen once."""
-
-    def __init__(self, layers: int, tokens: int) -> None:
-        self._tokens = tokens
-        self._starts: list[list[int]] = [[] for _ in range(layers)]
-        self._ends: list[list[int]] = [[] for _ in range(layers)]
-        self._missing = layers * tokens
-
-    @property
-    def missing(self) -> int:
-        """(layer, token) pairs not yet seen."""
-        return self._missing
-
-    def add(self, span: Span) -> str:
-        """Marks ``span`` as seen and returns "", or changes nothing and returns why it is refused."""
-        layer, start, end = span.layer, span.start, span.start + span.count
-        if not 0 <= layer < len(self._starts):
-            return f"layer {layer} of {len(self._starts)}"
-        if not (0 <= start < end <= self._tokens):
-            return f"tokens [{start}, {end}) of {self._tokens}"
-        starts, ends = self._starts[layer], self._ends[layer]
-        at = bisect_right(starts, start)
-        if (at > 0 and ends[at - 1] > start) or (at < len(starts) and starts[at] < end):
-            return f"tokens [{start}, {end}) of layer {layer} overlap ones already sent"
-        self._missing -= span.count
-        joins_left = at > 0 and ends[at - 1] == start
-        joins_right = at < len(starts) and starts[at] == end
-        if joins_left and joins_right:
-            ends[at - 1] = ends.pop(at)
-            starts.pop(at)
-        elif joins_left:
-            ends[at - 1] = end
-        elif joins_right:
-            starts[at] = start
-        else:
-            starts.insert(at, start)
-            ends.insert(at, end)
-        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,18 +160,15 @@ class Lease:
             bytes=self._bytes,
         )
 
-    def renew(self, now: float) -> None:
-        """The peer gave a sign of life."""
-        self._renewed_at = now
-
     def lose(self, reason: str) -> None:
         if self.outcome is None:
             self.outcome = Lost(reason)
 
-    def tick(self, now: float) -> None:
+    def tick(self, now: float, heard_at: float = -math.inf) -> None:
+        """Ends a lease that ran out of time; ``heard_at``: when its peer last gave any sign of life."""
         if self.outcome is not None:
             return
-        silent_s = now - self._renewed_at
+        silent_s = now - max(self._renewed_at, heard_at)
         if now >= self._expires_at:
             self.outcome = Expired("the request's budget is used up")
         elif self.peer and silent_s >= self._limits.stall_s:
@@ -236,6 +183,7 @@ class Leases:
     def __init__(self, layout: KVLayout, limits: Limits) -> None:
         self._layout, self._limits = layout, limits
         self._leases: dict[str, Lease] = {}
+        self._heard_at: dict[int, float] = {}  # by peer
 
     def reserve(
         self, request_id: str, epoch: int, *, tokens: int, codec: str, budget_s: float, capacity: int, now: float
@@ -273,11 +221,19 @@ class Leases:
         if self._leases.get(lease.request_id) is lease:
             del self._leases[lease.request_id]
 
+    def hear(self, peer: int, now: float) -> None:
+        """``peer`` gave a sign of life, which renews every lease that it feeds."""
+        self._heard_at[peer] = now
+
+    def gone(self, peer: int) -> None:
+        """``peer`` will not be heard again."""
+        self._heard_at.pop(peer, None)
+
     def tick(self, now: float) -> list[Lease]:
         """The leases that ran out of time just now."""
         under_way = [lease for lease in self._leases.values() if lease.outcome is None]
         for lease in under_way:
-            lease.tick(now)
+            lease.tick(now, self._heard_at.get(lease.peer, -math.inf))
         return [lease for lease in under_way if lease.outcome is not None]
 
 

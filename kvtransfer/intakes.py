@@ -99,8 +99,19 @@ class Intakes:
         """The intake that a message of ``peer`` may change; None for a stale epoch or somebody else's."""
         return None if self._leases.find(request_id, epoch, peer) is None else self._intakes[request_id]
 
-    def of_peer(self, peer: int) -> list[Intake]:
-        return [self._intakes[lease.request_id] for lease in self._leases.of_peer(peer)]
+    def hear(self, peer: int) -> None:
+        """``peer`` gave a sign of life."""
+        self._leases.hear(peer, time.monotonic())
+
+    def lose_peer(self, peer: int, reason: str) -> None:
+        """``peer`` is gone, and with it every handoff that it fed."""
+        self._leases.gone(peer)
+        for lease in self._leases.of_peer(peer):
+            self._intakes[lease.request_id].lose(reason)
+
+    def feeds(self, peer: int) -> bool:
+        """Whether a handoff from ``peer`` is under way."""
+        return bool(self._leases.of_peer(peer))
 
     def forget(self, intake: Intake) -> None:
         self._leases.forget(intake.lease)

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from baton.config import CODECS
 from baton.layout import KVLayout
 from kvtransfer.arena import BufferPool, Region
 from kvtransfer.codecs import CodecError, make_codec
@@ -83,7 +84,7 @@ class Lander:
 
     def __init__(self, layout: KVLayout, pool: BufferPool) -> None:
         self._layout, self._pool = layout, pool
-        self._codecs = {name: make_codec(name, layout) for name in ("raw", "lossless", "int8")}
+        self._codecs = {name: make_codec(name, layout) for name in CODECS}
         self._fetched: queue.SimpleQueue[Fetched | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kv-land", daemon=True)
         self._thread.start()

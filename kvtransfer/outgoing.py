@@ -14,8 +14,9 @@ from baton.errors import Unavailable
 from baton.layout import KVLayout
 from baton.messages import Ticket
 from baton.request import TokenEvent
+from kvtransfer.coverage import Coverage, Span
 from kvtransfer.encoder import Encoder, Feed, Gather
-from kvtransfer.handoff import Coverage, Dispatch, Expired, Landed, Lost, Span
+from kvtransfer.handoff import Dispatch, Expired, Landed, Lost
 from kvtransfer.protocol import Acks, Begin, Block, Complete, Drop
 from kvtransfer.sender_link import SenderLink
 

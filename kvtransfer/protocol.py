@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import xxhash
 
+from baton.layout import KVLayout
 from baton.records import Registry
 from baton.request import TokenEvent
 
@@ -25,6 +26,11 @@ PROTOCOL = 1
 DIGEST_BYTES = 16
 # Splitting at one MiB of raw KV keeps a block's fetch and decode near a millisecond (docs/adr/0003-landing-buffers.md).
 BLOCK_RAW_BYTES = 1 << 20
+
+
+def block_tokens(layout: KVLayout) -> int:
+    """Most tokens in one block."""
+    return max(1, BLOCK_RAW_BYTES // layout.layer_token_bytes)
 
 
 @dataclass(frozen=True, slots=True)

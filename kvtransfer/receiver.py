@@ -8,23 +8,24 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from baton.config import HandoffConfig
-from baton.errors import Overloaded
+from baton.config import CODECS, HandoffConfig
+from baton.errors import ConfigError, Overloaded
 from baton.frames import FrameStream
 from baton.layout import KVLayout
 from baton.messages import Ticket
 from kvtransfer.arena import BufferPool
-from kvtransfer.codecs import make_codec
+from kvtransfer.codecs import largest_block, make_codec
 from kvtransfer.handoff import Expired, Landed, Limits, Lost
 from kvtransfer.intakes import Intakes
 from kvtransfer.landing import Lander, Puller, Write
-from kvtransfer.protocol import BLOCK_RAW_BYTES, CONTROL
+from kvtransfer.protocol import CONTROL, block_tokens
 from kvtransfer.receiver_link import Ground, ReceiverLink
 from kvtransfer.transports import make_fetcher
 
 log = logging.getLogger(__name__)
 
 MAX_LINKS = 256
+MAX_LEASES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class Receiver:
         self._layout, self._config = layout, config
         self._worker_id, self._generation = worker_id, generation
         self._pool = BufferPool(config.landing_bytes)
+        self._codecs = {name: make_codec(name, layout) for name in CODECS}  # for their bounds; never encodes
+        self._block_bytes = largest_block(self._codecs.values(), layout)
         self._intakes = Intakes(layout, Limits(config.lease_s, config.stall_s))
         self._links: dict[ReceiverLink, asyncio.Task[None]] = {}
         self._retiring: list[Puller] = []
@@ -53,15 +56,17 @@ class Receiver:
 
     async def start(self) -> None:
         """Registers the landing memory and listens. Raises :class:`baton.errors.ConfigError`."""
+        if self._pool.memory.nbytes < self._block_bytes:
+            raise ConfigError(f"must hold one block of {self._block_bytes} bytes", field="handoff.landing_bytes")
         build = partial(
             make_fetcher, self._config.transport, self._pool.memory,
             name=f"{self._worker_id}-{self._generation}", ucx_tls=self._config.ucx_tls,
         )  # fmt: skip
         fetcher = await asyncio.to_thread(build)
-        codecs = {name: make_codec(name, self._layout) for name in ("raw", "lossless", "int8")}
         self._ground = Ground(
             self._worker_id, self._generation, self._layout.fingerprint, self._config.transport, self._config.stall_s,
-            self._intakes, codecs, self._pool, fetcher, Lander(self._layout, self._pool),
+            self._intakes, self._codecs, block_tokens(self._layout), self._pool, fetcher,
+            Lander(self._layout, self._pool),
         )  # fmt: skip
         self._server = await asyncio.start_server(self._serve, self.host, 0)
         self.port = int(self._server.sockets[0].getsockname()[1])
@@ -102,7 +107,7 @@ class Receiver:
         """
         if self._ground is None:
             raise RuntimeError("the receiver is not started")
-        if tokens < 1 or codec not in self._ground.codecs:
+        if tokens < 1 or codec not in self._codecs:
             raise ValueError(f"{tokens} tokens in codec {codec!r}")
         self._intakes.reserve(
             request_id, epoch, tokens=tokens, codec=codec, budget_s=budget_s, capacity=self._capacity(), write=write
@@ -118,7 +123,7 @@ class Receiver:
         usable = stats.total_bytes - stats.quarantined_bytes
         if usable < self._block_bytes:
             raise Overloaded(f"{stats.quarantined_bytes} of {stats.total_bytes} landing bytes are quarantined")
-        return usable // self._block_bytes
+        return min(MAX_LEASES, usable // self._block_bytes)
 
     async def outcome(self, request_id: str) -> Landed | Lost | Expired:
         """How the handoff ended; bounded by its budget and by the stall limit."""
@@ -144,10 +149,6 @@ class Receiver:
             self._intakes.active, landing.used_bytes, landing.total_bytes, landing.quarantined_bytes,
             self._config.transport,
         )  # fmt: skip
-
-    @property
-    def _block_bytes(self) -> int:
-        return max(BLOCK_RAW_BYTES, self._layout.layer_token_bytes) + 4096  # a codec's header on top
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._ground is None or len(self._links) >= MAX_LINKS:

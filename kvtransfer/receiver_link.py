@@ -15,7 +15,6 @@ from kvtransfer.codecs import Codec
 from kvtransfer.intakes import Intake, Intakes
 from kvtransfer.landing import Lander, Puller
 from kvtransfer.protocol import (
-    BLOCK_RAW_BYTES,
     PROTOCOL,
     Alive,
     Attach,
@@ -44,6 +43,7 @@ class Ground:
     stall_s: float
     intakes: Intakes
     codecs: dict[str, Codec]
+    block_tokens: int
     pool: BufferPool
     fetcher: Fetcher
     lander: Lander
@@ -77,7 +77,7 @@ class ReceiverLink:
 
     def tick(self, now: float) -> None:
         """Sends a heartbeat while the sender has leases here."""
-        if now - self._sent_at >= self._ground.stall_s / 5 and self._ground.intakes.of_peer(self._peer):
+        if now - self._sent_at >= self._ground.stall_s / 5 and self._ground.intakes.feeds(self._peer):
             try:
                 self._send(Alive())
             except Unavailable as error:
@@ -130,9 +130,7 @@ class ReceiverLink:
     def _take(self, record: object, puller: Puller) -> None:
         if not isinstance(record, Begin | Block | Commit | Drop | Alive):
             raise ProtocolError(f"{type(record).__name__} on the receiver's side")
-        now = time.monotonic()
-        for own in self._ground.intakes.of_peer(self._peer):
-            own.lease.renew(now)  # any frame is a sign of life of the whole process
+        self._ground.intakes.hear(self._peer)
         if isinstance(record, Alive):
             return
         intake = self._ground.intakes.find(record.request_id, record.epoch, self._peer)
@@ -154,17 +152,16 @@ class ReceiverLink:
                 intake.lose(f"prefill worker: {record.reason}")
 
     def _bound(self, block: Block) -> int:
-        """Most bytes that the block's codec may need, at most what a block may be; 0 for a codec that is none."""
+        """Most bytes that the block's codec may need; 0 for an unknown codec or more tokens than a block may have."""
         codec = self._ground.codecs.get(block.codec)
-        return codec.bound(block.count) if codec is not None and 0 < block.count <= BLOCK_RAW_BYTES else 0
+        return codec.bound(block.count) if codec is not None and 0 < block.count <= self._ground.block_tokens else 0
 
     def _send(self, record: object) -> None:
         self._sent_at = time.monotonic()
         self._stream.send(record)
 
     def _end(self, reason: str) -> None:
-        for intake in self._ground.intakes.of_peer(self._peer):
-            intake.lose(reason)
+        self._ground.intakes.lose_peer(self._peer, reason)
         if self.puller is not None:
             self.puller.stop()
         self._stream.abort()

@@ -8,11 +8,12 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from baton.config import HandoffConfig
-from baton.errors import Overloaded
+from baton.config import CODECS, HandoffConfig
+from baton.errors import ConfigError, Overloaded
 from baton.layout import KVLayout
 from baton.messages import Ticket
 from kvtransfer.arena import BufferPool
+from kvtransfer.codecs import largest_block, make_codec
 from kvtransfer.encoder import Encoder, Gather
 from kvtransfer.outgoing import Outgoing
 from kvtransfer.protocol import PROTOCOL, Attach
@@ -49,6 +50,9 @@ class Sender:
 
     async def start(self) -> None:
         """Registers the staging memory with the transport. Raises :class:`baton.errors.ConfigError`."""
+        block_bytes = largest_block([make_codec(name, self.layout) for name in CODECS], self.layout)
+        if self._staging.memory.nbytes < block_bytes:
+            raise ConfigError(f"must hold one block of {block_bytes} bytes", field="handoff.staging_bytes")
         build = partial(
             make_exporter, self.config.transport, self._staging.memory,
             name=f"{self.worker_id}-{self.generation}", host=self._host, ucx_tls=self.config.ucx_tls,
@@ -94,7 +98,7 @@ class Sender:
         """The connection to the ticket's receiver, opened on first use."""
         key = (ticket.host, ticket.port, ticket.generation)
         link = self._links.get(key)
-        if link is None:
+        if link is None or link.broken:
             if self._exporter is None:
                 raise RuntimeError("the sender is not started")
             attach = Attach(
@@ -103,16 +107,20 @@ class Sender:
             )  # fmt: skip
             link = self._links[key] = SenderLink(
                 ticket.host, ticket.port, attach,
-                stall_s=self.config.stall_s, on_end=partial(self._links.pop, key, None),
+                stall_s=self.config.stall_s, on_end=partial(self._unlink, key),
             )  # fmt: skip
         return link
+
+    def _unlink(self, key: tuple[str, int, str], link: SenderLink) -> None:
+        if self._links.get(key) is link:  # a broken link may have been replaced before it ended
+            del self._links[key]
 
     def _mismatch(self, ticket: Ticket) -> str:
         if ticket.layout != self.layout.fingerprint:
             return f"KV layout {ticket.layout} is not this worker's {self.layout.fingerprint}"
         if ticket.transport != self.config.transport:
             return f"transport {ticket.transport} is not this worker's {self.config.transport}"
-        return "" if ticket.codec in ("raw", "lossless", "int8") else f"codec {ticket.codec!r}"
+        return "" if ticket.codec in CODECS else f"codec {ticket.codec!r}"
 
     def stats(self) -> SenderStats:
         staging = self._staging.stats()

@@ -35,11 +35,14 @@ class Rider(Protocol):
 class SenderLink:
     """Connects at once; its end, for whatever reason, loses every handoff on it."""
 
-    def __init__(self, host: str, port: int, attach: Attach, *, stall_s: float, on_end: Callable[[], object]) -> None:
+    def __init__(
+        self, host: str, port: int, attach: Attach, *, stall_s: float, on_end: Callable[[SenderLink], None]
+    ) -> None:
         self._host, self._port, self._attach, self._stall_s, self._on_end = host, port, attach, stall_s, on_end
         self._riders: dict[tuple[str, int], Rider] = {}
         self._stream: FrameStream | None = None
         self._welcome = False
+        self.broken = False  # takes no more handoffs
         self._heard_at = self._progress_at = self._sent_at = time.monotonic()
         self._task = asyncio.create_task(self._run(), name=f"kv-link-{host}:{port}")
 
@@ -103,7 +106,7 @@ class SenderLink:
             reason = str(error)
         finally:
             self._welcome, self._stream = False, None
-            self._on_end()
+            self._on_end(self)
             self._cut(reason)
 
     async def _introduce(self, stream: FrameStream) -> None:
@@ -142,6 +145,7 @@ class SenderLink:
 
     def _cut(self, reason: str) -> None:
         """Loses every handoff and drops the connection."""
+        self.broken = True
         for rider in list(self._riders.values()):
             rider.lose(reason)
         if self._stream is not None:

@@ -69,6 +69,7 @@ class TcpExporter:
         try:
             with reader, contextlib.suppress(OSError):
                 reader.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                reader.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 reader.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
                 reader.settimeout(_HELLO_S)
                 if not secrets.compare_digest(_receive(reader, _TOKEN_BYTES), self._token):
