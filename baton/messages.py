@@ -29,6 +29,7 @@ class Hello:
     worker_id: str
     generation: str
     layout: str  # KVLayout.fingerprint
+    dtype: str  # of compute and KV
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ import logging
 import secrets
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from torch import Tensor
 
@@ -27,11 +28,13 @@ from baton.request import TokenEvent, Work
 from baton.tasks import Jobs
 from decode_worker.admission import Admission
 from engine.build import build_engine
+from engine.engine import Engine
 from engine.loop import EngineLoop
 from engine.model import Model
 from kvtransfer.handoff import Expired, Landed, Lost
 from kvtransfer.receiver import Receiver
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +61,7 @@ class DecodeWorker:
         self._loop = EngineLoop(self._engine, self._computed, self._broke)
         identity = {"worker_id": worker_id, "generation": self.generation}
         self._receiver = Receiver(self.layout, config.handoff, host=host, **identity)
-        hello = Hello(role="decode", layout=self.layout.fingerprint, **identity)
+        hello = Hello(role="decode", layout=self.layout.fingerprint, dtype=self.layout.dtype, **identity)
         self._plane = PlaneServer(self, hello, host=host)
         self._jobs: dict[str, _Job] = {}
         self._tasks = Jobs()
@@ -124,7 +127,7 @@ class DecodeWorker:
                     case Reserve():
                         await self._land(job, message)
                     case Decode():
-                        await self._loop.run(lambda engine: engine.add(work))
+                        await self._on_engine(lambda engine: engine.add(work))
                     case never:
                         assert_never(never)
                 await job.finished
@@ -138,7 +141,7 @@ class DecodeWorker:
     async def _land(self, job: _Job, message: Reserve) -> None:
         """Pages, lease, ticket; then the KV arrives and the sequence joins the batch."""
         work = message.work
-        pages = await self._admission.admit(work, lambda: self._loop.run(lambda engine: engine.reserve(work)))
+        pages = await self._admission.admit(work, lambda: self._on_engine(lambda engine: engine.reserve(work)))
 
         def write(layer: int, start: int, keys: Tensor, values: Tensor) -> None:
             self._engine.cache.scatter(layer, pages, start, keys, values)
@@ -155,7 +158,7 @@ class DecodeWorker:
         match await self._receiver.outcome(work.request_id):
             case Landed() as landed:
                 job.landed, job.landed_s = landed, time.monotonic()
-                await self._loop.run(lambda engine: engine.start(work.request_id, landed.first))
+                await self._on_engine(lambda engine: engine.start(work.request_id, landed.first))
                 if landed.first.finish:
                     job.finished.set_result(None)
             case Lost(reason=reason):
@@ -169,9 +172,13 @@ class DecodeWorker:
         """The receiver first: pages may only be freed when no landing thread can write them any more."""
         await self._receiver.release(work.request_id)
         with contextlib.suppress(Unavailable):  # a broken engine holds nothing that outlives the process
-            await self._loop.run(lambda engine: engine.release(work.request_id))
+            await self._on_engine(lambda engine: engine.release(work.request_id))
         self._jobs.pop(work.request_id, None)
         self._admission.freed()
+
+    def _on_engine(self, act: Callable[[Engine], T]) -> asyncio.Future[T]:
+        """``act`` between two steps of the engine, awaitable here."""
+        return asyncio.wrap_future(self._loop.call(act))
 
     # ---- called on the engine thread
 

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
-from grpc_health.v1 import health_pb2
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from baton.config import Config, PoolConfig, parse
 from baton.wire import inference_pb2
 from decode_worker.worker import DecodeWorker
-from deploy.discovery import DEPLOYMENTS, Directory
+from deploy.discovery import Directory
 from engine import hub
 from engine.build import load_model
 from prefill_worker.worker import PrefillWorker
@@ -38,38 +38,51 @@ SERVICER_FUNCTIONS = [
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
 
+ROUTER_CPUS = 0.1
+HEALTH_CHECK_S = 2.0
+GRACE_S = 5.0
+
 
 def build(args: dict[str, Any]) -> Application:
     """The application for the configuration tree ``args``; raises ConfigError for a bad one."""
     config = parse(args)
     tree = config.model_dump()
-    pools = {
-        role: deployment.options(
-            name=DEPLOYMENTS[role],
-            num_replicas=pool.replicas,
-            ray_actor_options={"num_cpus": pool.cpus, "resources": pool.resources},
-        ).bind(tree)
-        for role, deployment, pool in _pools(config)
+    pools = [
+        _deployment(replica, role, pool).bind(tree)
+        for role, replica, pool in (
+            ("prefill", PrefillReplica, config.prefill),
+            ("decode", DecodeReplica, config.decode),
+        )
         if pool.replicas
-    }
-    router = RouterReplica.options(
+    ]
+    router = serve.deployment(
+        RouterReplica,
+        name="router",
         num_replicas=config.router.replicas,
+        ray_actor_options={"num_cpus": ROUTER_CPUS},
         max_ongoing_requests=2 * config.router.max_inflight,  # the router refuses before Serve would queue
+        health_check_period_s=HEALTH_CHECK_S,
     )
-    return router.bind(tree, list(pools.values()))
+    return router.bind(tree, pools)
 
 
-def _pools(config: Config) -> list[tuple[Role, Any, PoolConfig]]:
-    return [("prefill", PrefillReplica, config.prefill), ("decode", DecodeReplica, config.decode)]
+def _deployment(replica: type[Any], role: str, pool: PoolConfig) -> Any:
+    return serve.deployment(
+        replica,
+        name=role,
+        num_replicas=pool.replicas,
+        ray_actor_options={"num_cpus": pool.cpus, "resources": pool.resources},
+        health_check_period_s=HEALTH_CHECK_S,
+        graceful_shutdown_timeout_s=GRACE_S,
+    )
 
 
-@serve.deployment(name="router", ray_actor_options={"num_cpus": 0.1}, health_check_period_s=2)
 class RouterReplica:
     """The ingress: Serve calls the methods below by their gRPC names; all sense lives in ``router.service``."""
 
-    async def __init__(self, tree: dict[str, Any], pools: list[Any]) -> None:
+    async def __init__(self, tree: dict[str, Any], pools: list[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         config = parse(tree)
-        folder = await asyncio.to_thread(hub.resolve, config.model.id, Path(config.model.cache_dir).expanduser())
+        folder = await asyncio.to_thread(_folder, config)
         context = serve.get_replica_context()
         self._service = InferenceService(config, folder, router_id=context.replica_id.unique_id)
         roles: tuple[Role, ...] = ("prefill", "decode") if config.prefill.replicas else ("decode",)
@@ -94,7 +107,7 @@ class RouterReplica:
     async def GetStatus(  # noqa: N802
         self, request: inference_pb2.GetStatusRequest
     ) -> inference_pb2.GetStatusResponse:
-        return self._service.status()
+        return self._service.report()
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
@@ -121,7 +134,7 @@ class _WorkerReplica:
     _role: Role
     _worker_class: type[PrefillWorker] | type[DecodeWorker]
 
-    async def __init__(self, tree: dict[str, Any]) -> None:
+    async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         config = parse(tree)
         if config.handoff.ucx_tls:
             os.environ["UCX_TLS"] = config.handoff.ucx_tls  # UCX reads it once, when the first agent starts
@@ -145,21 +158,22 @@ class _WorkerReplica:
             raise RuntimeError(f"the engine failed: {self._worker.failure!r}")
 
 
-@serve.deployment(health_check_period_s=2, graceful_shutdown_timeout_s=5)
 class PrefillReplica(_WorkerReplica):
     _role = "prefill"
     _worker_class = PrefillWorker
 
 
-@serve.deployment(health_check_period_s=2, graceful_shutdown_timeout_s=5)
 class DecodeReplica(_WorkerReplica):
     _role = "decode"
     _worker_class = DecodeWorker
 
 
 def _load(config: Config, pool: PoolConfig) -> Any:
-    folder = hub.resolve(config.model.id, Path(config.model.cache_dir).expanduser())
-    return load_model(folder, config.model.dtype, pool.threads or _share_of_cores(config))
+    return load_model(_folder(config), config.model.dtype, pool.threads or _share_of_cores(config))
+
+
+def _folder(config: Config) -> Path:
+    return hub.resolve(config.model.id, Path(config.model.cache_dir).expanduser())
 
 
 def _share_of_cores(config: Config) -> int:

@@ -20,8 +20,6 @@ from router.peers import Pools, Role, WorkerAddress
 
 log = logging.getLogger(__name__)
 
-DEPLOYMENTS: dict[Role, str] = {"prefill": "prefill", "decode": "decode"}
-
 
 class Directory:
     """Keeps ``pools`` in step with the running replicas of application ``app_name`` until closed."""
@@ -31,7 +29,7 @@ class Directory:
         self._client = LongPollClient(
             ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE),
             {
-                (LongPollNamespace.DEPLOYMENT_TARGETS, DeploymentID(DEPLOYMENTS[role], app_name)): self._listener(role)
+                (LongPollNamespace.DEPLOYMENT_TARGETS, DeploymentID(role, app_name)): self._listener(role)
                 for role in roles
             },
             call_in_event_loop=asyncio.get_running_loop(),

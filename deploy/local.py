@@ -112,7 +112,9 @@ def _wait_ready(process: subprocess.Popen[bytes], folder: Path, progress: Progre
         if state.get("phase") == "ready":
             return
         if process.poll() is not None or state.get("phase") == "failed":
-            raise Unavailable(f"the cluster did not start: {state.get('error', 'no reason given')}; see {folder / 'log'}")
+            raise Unavailable(
+                f"the cluster did not start: {state.get('error', 'no reason given')}; see {folder / 'log'}"
+            )
         time.sleep(POLL_S)
     raise Unavailable(f"the cluster was not ready after {READY_TIMEOUT_S:.0f} s; see {folder / 'log'}")
 
@@ -152,5 +154,5 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def _require_free(field: str, port: int) -> None:
     for connection in psutil.net_connections(kind="tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
             raise ConfigError(f"port {port} is in use by pid {connection.pid}", field=f"ingress.{field}")

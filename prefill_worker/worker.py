@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from torch import Tensor
 
@@ -28,8 +28,10 @@ from engine.engine import Chunk, Engine
 from engine.loop import EngineLoop
 from engine.model import Model
 from kvtransfer.handoff import Expired, Landed, Lost
-from kvtransfer.sender import Outgoing, Sender
+from kvtransfer.outgoing import Outgoing
+from kvtransfer.sender import Sender
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +40,7 @@ class _Job:
     """One prompt under way. ``pages`` grows as chunks are computed; the encoder thread reads the latest."""
 
     outgoing: Outgoing
-    first: asyncio.Future[TokenEvent]
+    first: asyncio.Future[tuple[Report, TokenEvent]]
     pages: tuple[int, ...] = field(default=())
 
 
@@ -54,7 +56,7 @@ class PrefillWorker:
         self._loop = EngineLoop(self._engine, self._computed, self._broke)
         identity = {"worker_id": worker_id, "generation": self.generation}
         self._sender = Sender(self.layout, config.handoff, host=host, **identity)
-        hello = Hello(role="prefill", layout=self.layout.fingerprint, **identity)
+        hello = Hello(role="prefill", layout=self.layout.fingerprint, dtype=self.layout.dtype, **identity)
         self._plane = PlaneServer(self, hello, host=host)
         self._jobs: dict[str, _Job] = {}
         self._tasks = Jobs()
@@ -121,9 +123,9 @@ class PrefillWorker:
         work = message.work
         job = self._open(message)
         try:
-            await self._loop.run(lambda engine: engine.add(work, prefill_only=True))
-            first = await job.first
-            answer(link, await self._report(work))
+            await self._on_engine(lambda engine: engine.add(work, prefill_only=True))
+            report, first = await job.first
+            answer(link, report)
             answer(link, Tokens((first,)))
             if first.finish:
                 job.outgoing.abort("the first token ended the request")
@@ -158,13 +160,13 @@ class PrefillWorker:
         self._jobs[request_id] = job
         return job
 
-    async def _report(self, work: Work) -> Report:
-        timing = await self._loop.run(lambda engine: engine.timing(work.request_id))
-        return Report(work.request_id, {"queue": timing.queue_s, "prefill": timing.prefill_s})
-
     async def _release(self, work: Work) -> None:
         with contextlib.suppress(Unavailable):  # a broken engine holds nothing that outlives the process
-            await self._loop.run(lambda engine: engine.release(work.request_id))
+            await self._on_engine(lambda engine: engine.release(work.request_id))
+
+    def _on_engine(self, act: Callable[[Engine], T]) -> asyncio.Future[T]:
+        """``act`` between two steps of the engine, awaitable here."""
+        return asyncio.wrap_future(self._loop.call(act))
 
     # ---- called on the engine thread
 
@@ -176,7 +178,11 @@ class PrefillWorker:
                 job.outgoing.push(layer, chunk.start, chunk.count)
 
     def _computed(self, events: list[TokenEvent]) -> None:
-        self._events.call_soon_threadsafe(self._deliver, events)
+        self._events.call_soon_threadsafe(self._deliver, [(self._report(event), event) for event in events])
+
+    def _report(self, event: TokenEvent) -> Report:
+        timing = self._engine.timing(event.request_id)
+        return Report(event.request_id, {"queue": timing.queue_s, "prefill": timing.prefill_s})
 
     def _broke(self, error: BaseException) -> None:
         self.failure = error
@@ -189,8 +195,8 @@ class PrefillWorker:
             if not job.first.done():
                 job.first.set_exception(Unavailable(f"the engine of {self.worker_id} failed: {self.failure!r}"))
 
-    def _deliver(self, events: list[TokenEvent]) -> None:
-        for event in events:
+    def _deliver(self, first_tokens: list[tuple[Report, TokenEvent]]) -> None:
+        for report, event in first_tokens:
             job = self._jobs.get(event.request_id)
             if job is not None and not job.first.done():
-                job.first.set_result(event)
+                job.first.set_result((report, event))

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field, replace
 
 from baton import ledger
-from baton.errors import DeadlineExceeded, ProtocolError, Unavailable, from_code
+from baton.errors import BatonError, DeadlineExceeded, ProtocolError, Unavailable, from_code
 from baton.messages import Decode, Failed, Granted, Handed, Prefill, Report, Reserve, Ticket, Tokens
 from baton.request import TokenEvent, Work
 from router import policy
@@ -85,13 +85,30 @@ class Run:
         )
 
 
+class InOrder:
+    """Merges two workers' tokens by index: each travels its own connection, so the second may overtake the first."""
+
+    def __init__(self) -> None:
+        self._due: dict[int, TokenEvent] = {}
+        self._next = 0
+
+    def push(self, events: Iterable[TokenEvent]) -> tuple[TokenEvent, ...]:
+        """Every token that is now due, in order."""
+        self._due.update((event.index, event) for event in events)
+        batch = []
+        while self._next in self._due:
+            batch.append(self._due.pop(self._next))
+            self._next += 1
+        return tuple(batch)
+
+
 class Dispatcher:
     """Runs requests over the connected workers."""
 
     def __init__(self, pools: Pools, *, decode_page_tokens: int, disaggregated: bool) -> None:
         self._pools, self._page_tokens, self._disaggregated = pools, decode_page_tokens, disaggregated
 
-    async def stream(self, run: Run) -> AsyncIterator[tuple[TokenEvent, ...]]:
+    async def stream(self, run: Run) -> AsyncGenerator[tuple[TokenEvent, ...]]:
         """Every output token, in order, in batches as they come. Closing the iterator frees the request everywhere."""
         work, request_id = run.work, run.work.request_id
         with contextlib.ExitStack() as held:
@@ -107,48 +124,38 @@ class Dispatcher:
             else:
                 decode.send(Decode(run.remaining()))
             run.dispatched_s = time.monotonic()
-            async for batch in self._tokens(run):
-                yield batch
+            async with contextlib.aclosing(self._tokens(run)) as batches:
+                async for batch in batches:
+                    yield batch
 
     async def _granted(self, run: Run) -> Ticket:
-        while True:
-            match await run.next():
-                case _, Granted(ticket=ticket):
-                    return ticket
-                case _, Failed() as failed:
-                    raise from_code(
-                        failed.code, failed.message, field=failed.field, retry_after_ms=failed.retry_after_ms
-                    )
-                case role, other:
-                    raise ProtocolError(f"{type(other).__name__} from {role} before the ticket")
+        match await run.next():
+            case _, Granted(ticket=ticket):
+                return ticket
+            case _, Failed() as failed:
+                raise _error(failed)
+            case role, other:
+                raise ProtocolError(f"{type(other).__name__} from {role} before the ticket")
 
-    async def _tokens(self, run: Run) -> AsyncIterator[tuple[TokenEvent, ...]]:
-        """Merges both workers' tokens by index: the second may overtake the first, each travels its own connection."""
-        due: dict[int, TokenEvent] = {}
-        expected = 0
+    async def _tokens(self, run: Run) -> AsyncGenerator[tuple[TokenEvent, ...]]:
+        """Both workers' tokens in order, until the last."""
+        merge = InOrder()
         while True:
             match await run.next():
                 case role, Tokens(events=events):
                     run.arrived(role)
-                    due.update((event.index, event) for event in events)
-                    batch: list[TokenEvent] = []
-                    while expected in due:
-                        batch.append(due.pop(expected))
-                        expected += 1
-                    if batch:
-                        yield tuple(batch)
-                    if batch and batch[-1].finish:
-                        return
+                    if batch := merge.push(events):
+                        yield batch
+                        if batch[-1].finish:
+                            return
                 case _, Report() as report:
                     run.account(report)
+                case role, Failed() as failed:
+                    # After the first token prefill's part is over; whether the handoff worked is decode's to say.
+                    if role == "decode" or not run.first_token_s:
+                        raise _error(failed)
                 case _, Handed():
                     pass
-                case role, Failed() as failed:
-                    if role == "prefill" and run.first_token_s:
-                        continue  # its part is over; whether the handoff worked is the decode worker's to say
-                    raise from_code(
-                        failed.code, failed.message, field=failed.field, retry_after_ms=failed.retry_after_ms
-                    )
                 case role, other:
                     raise ProtocolError(f"unexpected {type(other).__name__} from {role}")
 
@@ -166,3 +173,7 @@ def _named(peers: list[Peer], worker_id: str | None, role: Role) -> Peer:
         if peer.address.worker_id == worker_id:
             return peer
     raise Unavailable(f"no {role} worker is connected", retry_after_ms=NO_WORKER_RETRY_MS)
+
+
+def _error(failed: Failed) -> BatonError:
+    return from_code(failed.code, failed.message, field=failed.field, retry_after_ms=failed.retry_after_ms)

@@ -43,7 +43,7 @@ class Peer:
     """One connected worker: sends records to it, and gives each record that comes back to its request's sink."""
 
     def __init__(self, address: WorkerAddress, link: FrameStream, hello: Hello, load: Load) -> None:
-        self.address, self.layout, self._link, self._load = address, hello.layout, link, load
+        self.address, self.hello, self._link, self._load = address, hello, link, load
         self._load_s = time.monotonic()
         self._sinks: dict[str, Sink] = {}
         self._unseen: dict[str, int] = {}
@@ -158,7 +158,7 @@ class Pools:
             self._keepers[generation].cancel()
         for generation in new:
             keeper = asyncio.create_task(self._keep(listed[generation]), name=generation)
-            keeper.add_done_callback(lambda _, ended=generation: self._keepers.pop(ended, None))
+            keeper.add_done_callback(lambda ended: self._keepers.pop(ended.get_name(), None))
             self._keepers[generation] = keeper
 
     def of(self, role: Role) -> list[Peer]:
@@ -173,9 +173,9 @@ class Pools:
         return [(a, self._peers.get(a.generation), a.generation in listed) for a in addresses]
 
     @property
-    def layout(self) -> str:
-        """Fingerprint of the workers' KV layout; empty before the first is connected."""
-        return next((peer.layout for peer in self._peers.values()), "")
+    def hello(self) -> Hello | None:
+        """What some connected worker said of itself; they all serve the same model in the same layout."""
+        return next((peer.hello for peer in self._peers.values()), None)
 
     async def close(self) -> None:
         keepers = list(self._keepers.values())

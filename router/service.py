@@ -11,11 +11,10 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 from grpc_health.v1 import health_pb2
 
@@ -49,14 +48,6 @@ class Counters:
     tokens: int = 0
 
 
-class Context(Protocol):
-    """The part of a gRPC servicer context that is used here."""
-
-    def set_code(self, code: object) -> None: ...
-    def set_details(self, details: str) -> None: ...
-    def set_trailing_metadata(self, metadata: object) -> None: ...
-
-
 class InferenceService:
     """One router. ``pools`` must be fed by a directory; ``folder`` is the model's (tokenizer and config only)."""
 
@@ -64,7 +55,6 @@ class InferenceService:
         spec = ModelSpec.from_folder(folder)
         self._config, self._router_id = config, router_id
         self._tokenizer = Tokenizer(folder)
-        self._dtype = resolve_dtype(config.model.dtype)
         self._limits = validate.Limits.of(config, context_tokens=min(config.model.max_context, spec.max_context))
         self.pools = Pools(connect_s=config.router.connect_s)
         self._disaggregated = config.prefill.replicas > 0
@@ -83,7 +73,9 @@ class InferenceService:
 
     # ---- generation
 
-    async def generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+    async def generate(
+        self, request: pb.GenerateRequest, context: status.Context
+    ) -> AsyncGenerator[pb.GenerateResponse]:
         """Streams the output of one request; see the contract for the errors."""
         arrived_s = time.monotonic()
         try:
@@ -132,7 +124,7 @@ class InferenceService:
         finally:
             counters.inflight -= 1
 
-    async def _respond(self, parsed: validate.ParsedRequest, arrived_s: float) -> AsyncIterator[pb.GenerateResponse]:
+    async def _respond(self, parsed: validate.ParsedRequest, arrived_s: float) -> AsyncGenerator[pb.GenerateResponse]:
         """Dispatches and assembles: one response per batch of tokens, the last one with usage and ledger."""
         work = parsed.work(f"{self._router_id}-{secrets.token_hex(8)}")  # clients may reuse their ids, workers may not
         run = Run(work, parsed.codec, arrived_s, deadline_s=arrived_s + work.budget_s)
@@ -149,7 +141,7 @@ class InferenceService:
 
     # ---- the other methods
 
-    async def tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+    async def tokenize(self, request: pb.TokenizeRequest, context: status.Context) -> pb.TokenizeResponse:
         try:
             ids = await asyncio.to_thread(validate.tokenize, request, self._limits, self._tokenizer)
         except BatonError as error:
@@ -163,16 +155,17 @@ class InferenceService:
             max_context_tokens=self._limits.context_tokens,
             vocab_size=self._tokenizer.vocab_size,
             eos_token_ids=sorted(self._tokenizer.eos_token_ids),
-            dtype=self._dtype,
+            dtype=hello.dtype if (hello := self.pools.hello) else "",
         )
         return pb.ListModelsResponse(models=[model])
 
-    def status(self) -> pb.GetStatusResponse:
+    def report(self) -> pb.GetStatusResponse:
+        """What workers and router hold now."""
         handoff = self._config.handoff
         roles: tuple[Role, ...] = ("prefill", "decode")
         return pb.GetStatusResponse(
             model=self._config.model.id,
-            layout=self.pools.layout,
+            layout=hello.layout if (hello := self.pools.hello) else "",
             pools=[pb.Pool(role=role, workers=[_worker(*known) for known in self.pools.known(role)]) for role in roles],
             transport=handoff.transport if self._disaggregated else "",
             codec=handoff.codec,
@@ -182,12 +175,12 @@ class InferenceService:
 
     # ---- grpc.health.v1
 
-    def health(self, service: str, context: Context) -> health_pb2.HealthCheckResponse:
+    def health(self, service: str, context: status.Context) -> health_pb2.HealthCheckResponse:
         if service not in ("", SERVICE_NAME):
             status.set_on(context, NotFound("service", f"unknown service {service!r}; known: {SERVICE_NAME}"))
         return self._health()
 
-    async def watch_health(self, service: str) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+    async def watch_health(self, service: str) -> AsyncGenerator[health_pb2.HealthCheckResponse]:
         """The state at once, then every change, until the client leaves."""
         if service not in ("", SERVICE_NAME):
             yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
