@@ -90,6 +90,19 @@ def test_the_lowest_priority_and_then_the_latest_is_preempted_and_comes_back() -
     assert step(queue) == [("second", 3, 1, True)]
 
 
+def test_preempting_goes_on_until_a_page_is_really_free() -> None:
+    queue = scheduler(pages=3, page_tokens=2, step_tokens=8)
+    for name in "abc":
+        queue.add(Job(name, 2, 3), 0.0)
+    slices = queue.schedule(0.0)
+    queue.advance(slices, 0.0)
+    queue.pool.share(slices[2].pages)  # as a prefix cache would: losing c's page frees nothing
+    [part] = queue.schedule(1.0)
+    assert (part.request_id, queue.preemptions) == ("a", 2)
+    queue.pool.drop(slices[2].pages)
+    queue.check_integrity()
+
+
 def test_a_more_important_sequence_takes_pages_from_a_less_important_one() -> None:
     queue = scheduler(pages=3, page_tokens=2, step_tokens=8)
     queue.add(Job("minor", 2, 4, priority=0), 0.0)
