@@ -68,7 +68,7 @@ def size(count: int) -> str:
 
 
 def stage_ledger(ledger: Ledger, *, width: int = BAR_CELLS) -> RenderableType:
-    """The ledger as a bar of at most ``width`` cells, with a legend in ms and a line about the handoff."""
+    """The ledger as a bar of at most ``width`` cells, with a legend in ms and the handoff in words."""
     stages = {name: ledger.stages.get(name, 0.0) for name in STAGES}
     bar = Text(no_wrap=True)
     for name, count in cells(stages, width).items():
@@ -97,7 +97,7 @@ def _summary(ledger: Ledger) -> str:
     if not ledger.transport:
         return f"{total}; computed on one worker, nothing was handed over"
     return (
-        f"{total}; handed over {size(ledger.transfer_bytes)} ({ledger.codec}) by {ledger.transport}: "
+        f"{total}\nhandoff {size(ledger.transfer_bytes)} as {ledger.codec} by {ledger.transport}: "
         f"{milliseconds(ledger.transfer_busy_s)} of work, {ledger.transfer_hidden_share:.0%} hidden behind prefill"
     )
 
@@ -105,13 +105,13 @@ def _summary(ledger: Ledger) -> str:
 def status(answer: pb.GetStatusResponse) -> RenderableType:
     """Pools, workers, what they hold, and the counts of the router that answered."""
     table = Table(header_style="bold", pad_edge=False, box=None)
-    for heading in ("pool", "worker", "address", "state"):
-        table.add_column(heading, no_wrap=heading != "worker")
-    for heading in ("running", "waiting", "pages", "handoffs", "buffers", "heard"):
+    table.add_column("worker", overflow="fold")
+    table.add_column("state")
+    for heading in ("running", "waiting", "pages", "buffers"):
         table.add_column(heading, justify="right", no_wrap=True)
     for pool in answer.pools:
         for worker in pool.workers:
-            table.add_row(pool.role, *_worker_cells(worker))
+            table.add_row(*_worker_cells(pool.role, worker))
         if not pool.workers:
             table.add_row(pool.role, Text("none", "red"))
     router = answer.router
@@ -126,23 +126,29 @@ def status(answer: pb.GetStatusResponse) -> RenderableType:
     return Group(head, Padding(table, (1, 0)), counts)
 
 
-def _worker_cells(worker: pb.Worker) -> list[str | Text]:
-    names: list[str | Text] = [worker.id, worker.address, _STATES.get(worker.state, Text("unknown", "red"))]
-    if not worker.HasField("load"):
-        return [*names, *["-"] * 6]
+def _worker_cells(role: str, worker: pb.Worker) -> list[Text]:
+    """A few lines a worker, so that the table fits 80 columns."""
     load = worker.load
-    buffers = f"{size(load.buffer_bytes_used)} / {size(load.buffer_bytes_total)}"
-    if load.buffer_bytes_quarantined:
-        buffers += f" ({size(load.buffer_bytes_quarantined)} quarantined)"
+    name = Text.assemble((role, "bold"), f" {worker.id}\n", (worker.address, "dim"))
+    state = _STATES.get(worker.state, Text("unknown", "red"))
+    if not worker.HasField("load"):
+        return [name, state, *[Text("-")] * 4]
     return [
-        *names,
-        str(load.running),
-        f"{load.waiting} ({load.waiting_tokens:,} tokens)",
-        f"{load.pages_used:,} / {load.pages_total:,} (peak {load.pages_high_water:,})",
-        str(load.handoffs),
-        buffers,
-        f"{worker.load_age_s:.1f} s ago",
+        name,
+        _lines(state, f"{worker.load_age_s:.1f} s ago"),
+        _lines(str(load.running), f"{load.handoffs} handoffs"),
+        _lines(str(load.waiting), f"{load.waiting_tokens:,} tokens"),
+        _lines(f"{load.pages_used:,}", f"of {load.pages_total:,}", f"peak {load.pages_high_water:,}"),
+        _lines(size(load.buffer_bytes_used), f"of {size(load.buffer_bytes_total)}", *_quarantine(load)),
     ]
+
+
+def _lines(first: str | Text, *details: str) -> Text:
+    return Text.assemble(first, *((f"\n{detail}", "dim") for detail in details))
+
+
+def _quarantine(load: pb.Load) -> list[str]:
+    return [f"{size(load.buffer_bytes_quarantined)} quarantined"] if load.buffer_bytes_quarantined else []
 
 
 @contextlib.contextmanager
