@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from engine.text import Detokenizer, StopStrings, Tokenizer
+from collections.abc import Sequence
+
+import pytest
+
+from engine.text import CHARACTER_TOKENS, REPLACEMENT, Detokenizer, StopStrings, Tokenizer
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -49,6 +53,22 @@ def test_an_invalid_byte_changes_its_whole_run_and_nothing_was_returned_before(b
     whole = byte_fallback.encode("a🙂")
     broken = [*whole, 3 + 0xFF, *byte_fallback.encode("b")]
     assert "".join(pieces(byte_fallback, broken)) == byte_fallback.decode(broken) == "a" + "\ufffd" * 5 + " b"
+
+
+@pytest.mark.parametrize("text", ["plain words and more of them", "龘🙂", REPLACEMENT, None])
+def test_work_per_token_does_not_grow(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
+    lone = next(token for token in range(tokenizer.vocab_size) if tokenizer.token_text(token) == REPLACEMENT)
+    ids = (tokenizer.encode(text) if text else [lone]) * 200
+    decode, decoded = tokenizer.decode, []
+
+    def counting(window: Sequence[int]) -> str:
+        decoded.append(len(window))
+        return decode(window)
+
+    monkeypatch.setattr(tokenizer, "decode", counting)
+    pieces(tokenizer, ids)
+    assert max(decoded) <= 2 * CHARACTER_TOKENS + 1
+    assert len(decoded) <= 2 * len(ids) + 2
 
 
 def test_stop_string_across_pieces() -> None:
