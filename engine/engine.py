@@ -158,6 +158,11 @@ class Engine:
         """Some sequence wants to be computed; held and reserved ones do not."""
         return self._scheduler.has_work
 
+    @property
+    def preemptions(self) -> int:
+        """How often a sequence lost its pages and had to be computed again."""
+        return self._scheduler.preemptions
+
     def timing(self, request_id: str) -> Timing:
         """``time.monotonic`` seconds of a sequence that is here or was released lately; else raises NotFound."""
         past = self._past_timings.get(request_id)

@@ -81,6 +81,17 @@ class Slice:
     prefill_only: bool
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeRun:
+    """The next ``steps`` steps give one token to each of ``contexts``'s sequences and do nothing else.
+
+    ``contexts`` are the tokens that each sequence's query attends to in the first of them; each grows by one a step.
+    """
+
+    contexts: tuple[int, ...]
+    steps: int
+
+
 @dataclass(slots=True)
 class _Sequence:
     job: Job
@@ -158,8 +169,7 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> tuple[Slice, ...]:
         """The next step, decodes first. Empty when nothing can run: then only a release or an add changes that."""
-        while self._ready and len(self._running) < self.max_running:
-            self._run(self._ready.pop(0))
+        self._run_ready()
         chosen = self._decodes()
         budget = self.step_tokens - len(chosen)
         for sequence in self._running:
@@ -186,6 +196,48 @@ class Scheduler:
             if sequence.job.prefill_only:
                 sequence.phase = Phase.HELD
                 self._running.remove(sequence)
+
+    def decode_run(self, now_s: float) -> DecodeRun | None:
+        """How many coming steps are plain decodes of one fixed batch, whatever :meth:`schedule` would be asked.
+
+        The run ends before a sequence would pass its ``max_tokens`` or the free pages would run out; None when the very
+        next step is of another kind. It holds until something is added, started or released. For callers that need no
+        block tables: a simulator takes such a run in one :meth:`skip` instead of many ``schedule`` and ``advance``.
+        """
+        self._run_ready()
+        running, page_tokens = self._running, self.pool.page_tokens
+        if not running or self._admits():
+            return None
+        contexts, slacks, steps = [], [0] * (page_tokens + 1), None
+        for sequence in running:
+            if not sequence.decodes:
+                return None
+            contexts.append(sequence.known)
+            slacks[min(page_tokens, len(sequence.pages) * page_tokens - sequence.computed)] += 1
+            left = sequence.job.prompt_tokens + sequence.job.max_tokens - sequence.known
+            steps = left if steps is None else min(steps, left)
+            if sequence.scheduled_s is None:
+                sequence.scheduled_s = now_s
+        steps = min(steps or 0, _steps_until_full(slacks, self.pool.free))
+        return DecodeRun(tuple(contexts), steps) if steps > 0 else None
+
+    def skip(self, steps: int, first_s: float) -> list[str]:
+        """``steps`` of the current :meth:`decode_run` were computed, the first by ``first_s``.
+
+        Returns the sequences that have reached their ``max_tokens``.
+        """
+        page_tokens, full = self.pool.page_tokens, []
+        for sequence in self._running:
+            sequence.known += steps
+            sequence.computed += steps
+            if sequence.first_token_s is None:
+                sequence.first_token_s = first_s
+            missing = -(-sequence.computed // page_tokens) - len(sequence.pages)
+            if missing > 0:
+                sequence.pages += self.pool.take(missing)
+            if sequence.known >= sequence.job.prompt_tokens + sequence.job.max_tokens:
+                full.append(sequence.job.request_id)
+        return full
 
     def release(self, request_id: str) -> bool:
         """Forgets the sequence and frees its pages, whatever its phase. False when there is none (any more)."""
@@ -247,6 +299,17 @@ class Scheduler:
             raise NotFound("request_id", f"no sequence {request_id} here")
         return sequence
 
+    def _run_ready(self) -> None:
+        while self._ready and len(self._running) < self.max_running:
+            self._run(self._ready.pop(0))
+
+    def _admits(self) -> bool:
+        """Whether a waiting sequence could enter the next step, were all running ones decodes."""
+        running = len(self._running)
+        if not self._waiting or running >= self.max_running or running >= self.step_tokens:
+            return False
+        return self.pool.pages_for(self._waiting[0].known) <= self.pool.free
+
     def _run(self, sequence: _Sequence) -> None:
         sequence.phase = Phase.RUNNING
         _insert(self._running, sequence)
@@ -297,6 +360,21 @@ class Scheduler:
 
 def _insert(queue: list[_Sequence], sequence: _Sequence) -> None:
     bisect.insort(queue, sequence, key=lambda s: s.rank)
+
+
+def _steps_until_full(slacks: list[int], free: int) -> int:
+    """Steps for which ``free`` pages last; ``slacks[n]`` sequences have room for n more tokens in their last page.
+
+    Every ``page_tokens`` steps each sequence takes one page, so whole rounds are divided out first.
+    """
+    page_tokens = len(slacks) - 1
+    rounds, left = divmod(free, sum(slacks))
+    steps = rounds * page_tokens
+    for step in range(page_tokens):
+        left -= slacks[step]
+        if left < 0:
+            return steps + step
+    return steps + page_tokens
 
 
 def _slice(sequence: _Sequence, count: int) -> Slice:
