@@ -1,0 +1,56 @@
+"""What the handoff of one prompt's KV costs, apart and behind prefill.
+
+    b    bytes of one token's KV            n    prompt tokens           L    layers
+    e    raw bytes encoded per second       d    raw bytes decoded and landed per second
+    w    wire bytes per second              r    compression ratio       a    seconds before the first byte moves
+
+With V = n b bytes, nothing overlapped: T = a + V/e + V/(r w) + V/d.
+
+Layers leave while the next one computes, so each of the three stages sees L pieces, one every P/L seconds, where P is
+the prefill's time. The slowest stage takes m = max(V/e, V/(r w), V/d) in all and falls behind by (m - P)(1 - 1/L) if
+it is slower than prefill; the last layer then still passes all three:
+
+    T_exposed = a + (V/e + V/(r w) + V/d)/L + max(0, m - P)(1 - 1/L)   <=  T
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from baton.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffCost:
+    """The symbols above; ``math.inf`` for a stage that takes no time of its own (raw KV on a GPU)."""
+
+    token_bytes: int
+    layers: int
+    wire_bytes_per_s: float
+    encode_bytes_per_s: float = math.inf
+    decode_bytes_per_s: float = math.inf
+    ratio: float = 1.0
+    latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("wire_bytes_per_s", "encode_bytes_per_s", "decode_bytes_per_s", "ratio", "layers"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"is {getattr(self, key)}, expected more than 0", field=f"handoff.{key}")
+
+    def stages_s(self, tokens: int) -> tuple[float, float, float]:
+        """Seconds of encode, wire and landing of ``tokens``."""
+        raw = tokens * self.token_bytes
+        return raw / self.encode_bytes_per_s, raw / (self.ratio * self.wire_bytes_per_s), raw / self.decode_bytes_per_s
+
+    def serial_s(self, tokens: int) -> float:
+        """T above; 0 for no tokens."""
+        return self.latency_s + sum(self.stages_s(tokens)) if tokens > 0 else 0.0
+
+    def exposed_s(self, tokens: int, prefill_s: float) -> float:
+        """T_exposed above; 0 for no tokens."""
+        if tokens <= 0:
+            return 0.0
+        stages = self.stages_s(tokens)
+        late = max(0.0, max(stages) - prefill_s) * (1 - 1 / self.layers)
+        return self.latency_s + sum(stages) / self.layers + late
