@@ -45,7 +45,7 @@ demo: setup ## start a local cluster, stream one answer with its stage ledger, s
 	$(BIN)/baton generate --name demo --max-tokens 64 "$(PROMPT)"
 
 bench: setup ## load on a running cluster; BENCH='--rate 2 ...' sets the options
-	$(BIN)/python bench/goodput.py $(BENCH)
+	$(BIN)/python -m bench.goodput $(BENCH)
 
 generate: setup ## rewrite generated stubs and docs
 	$(BIN)/python proto/generate.py
