@@ -69,6 +69,11 @@ class Landing:
     on_arrived: Callable[[Arrived], None]
     on_lost: Callable[[str], None]
 
+    def fail(self, reason: str) -> None:
+        """Loses the handoff; its next block is not written even if that is at hand already."""
+        self.gate.close()
+        self.on_lost(reason)
+
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
@@ -107,10 +112,10 @@ class Lander:
                     work_s = fetched.fetch_s + now - started
                     landing.on_arrived(Arrived(block.seq, block.nbytes, fetched.fetched_at, now, work_s))
             except CodecError as error:
-                landing.on_lost(f"block {block.seq}: {error}")
+                landing.fail(f"block {block.seq}: {error}")
             except Exception as error:
                 log.exception("%s: cannot write layer %d", block.request_id, block.layer)
-                landing.on_lost(f"cannot write: {error}")
+                landing.fail(f"cannot write: {error}")
             finally:
                 self._pool.give(fetched.region)
 
@@ -122,7 +127,7 @@ class Lander:
             layer=block.layer, start=block.start, count=block.count, codec=block.codec,
         )  # fmt: skip
         if digest != block.digest:
-            landing.on_lost(f"block {block.seq}: digest mismatch")
+            landing.fail(f"block {block.seq}: digest mismatch")
             return False
         keys, values = self._codecs[block.codec].decode(data, block.count)
         if not landing.gate.enter():
@@ -178,7 +183,7 @@ class Puller:
                 continue
             region = self._pool.take(block.nbytes, timeout_s=self._stall_s)
             if region is None:
-                landing.on_lost(f"no landing buffer became free within {self._stall_s:g} s")
+                landing.fail(f"no landing buffer became free within {self._stall_s:g} s")
                 continue
             started = time.monotonic()
             try:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from baton.errors import Unavailable
 from baton.layout import KVLayout
 from baton.messages import Ticket
 from baton.request import TokenEvent
@@ -150,9 +149,8 @@ class Outgoing:
         if outcome is None or self._over.is_set():
             return
         self._over.set()
-        if self._link is not None and self._attached and not isinstance(outcome, Landed):
-            with contextlib.suppress(Unavailable):
-                self._link.send(Drop(self.request_id, self.epoch, outcome.reason))
+        if self._link is not None and not isinstance(outcome, Landed):
+            self._link.dismiss(Drop(self.request_id, self.epoch, outcome.reason))
         self._leave()
         self._unsent.clear()
         self._encoder.drop(self._feed)

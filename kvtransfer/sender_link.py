@@ -15,6 +15,8 @@ from kvtransfer.protocol import CONTROL, Acks, Alive, Attach, Complete, Drop, Re
 
 log = logging.getLogger(__name__)
 
+_MAX_DISMISSED = 4096
+
 
 class Rider(Protocol):
     """A handoff that travels over a link."""
@@ -42,6 +44,7 @@ class SenderLink:
         self._riders: dict[tuple[str, int], Rider] = {}
         self._stream: FrameStream | None = None
         self._welcome = False
+        self._dismissed: list[Drop] = []
         self.broken = False  # takes no more handoffs
         self._heard_at = self._progress_at = self._sent_at = time.monotonic()
         self._task = asyncio.create_task(self._run(), name=f"kv-link-{host}:{port}")
@@ -59,6 +62,13 @@ class SenderLink:
 
     def remove(self, rider: Rider) -> None:
         self._riders.pop((rider.request_id, rider.epoch), None)
+
+    def dismiss(self, drop: Drop) -> None:
+        """Tells the peer of a handoff that ended here, now or as soon as it listens: its lease is not to wait."""
+        if self._welcome:
+            self.send(drop)
+        elif len(self._dismissed) < _MAX_DISMISSED:
+            self._dismissed.append(drop)
 
     def send(self, record: object) -> None:
         """Raises nothing: a broken connection ends the link, which loses its handoffs."""
@@ -122,6 +132,9 @@ class SenderLink:
                 self._heard_at = self._progress_at = time.monotonic()
                 for rider in list(self._riders.values()):
                     rider.attached()
+                for drop in self._dismissed:
+                    self.send(drop)
+                self._dismissed.clear()
             case Refused():
                 raise Unavailable(f"decode worker refused: {answer.reason}")
             case None:
