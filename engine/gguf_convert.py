@@ -53,7 +53,10 @@ def convert(file: Path, folder: Path, report: Callable[[str, float], None]) -> N
     facts = {name: item.contents() for name, item in reader.fields.items()}
     if facts.get("general.architecture") != "llama":
         raise ConfigError(f"{file} is a {facts.get('general.architecture')!r}, supported: 'llama'", field="model.id")
-    config = _config(facts, {tensor.name for tensor in reader.tensors})
+    try:
+        config = _config(facts, {tensor.name for tensor in reader.tensors})
+    except KeyError as error:
+        raise ConfigError(f"{file} lacks {error.args[0]}", field="model.id") from None
     config |= _rope_scaling(reader, config)
     ends = _end_tokens(facts)
     config |= {"bos_token_id": facts.get("tokenizer.ggml.bos_token_id"), "eos_token_id": ends}

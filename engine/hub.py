@@ -59,6 +59,8 @@ def resolve(model_id: str, cache_dir: str | Path, progress: Progress | None = No
     if embedded is not None:
         return _resolve_embedded(embedded, cache, report)
     local = Path(model_id).expanduser()
+    if not model_id.strip():
+        raise _unknown(model_id)
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise NotFound("model", f"{local} has no config.json, so it is no Hugging Face model folder")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -18,6 +16,23 @@ VOCAB = 40
 
 def reference(logits: np.ndarray, sampling: Sampling, index: int, prompt: list[int], outputs: list[int]) -> int | None:
     """The token that ``sampling`` chooses; None when two answers are right within rounding."""
+    scores = adjusted(logits, sampling, index, prompt, outputs)
+    if sampling.temperature == 0.0:
+        best = np.sort(scores)[::-1]
+        return None if best[0] - best[1] < 1e-4 else int(scores.argmax())
+    scores = (scores - scores.max()) / sampling.temperature
+    weights = truncated(scores, sampling)
+    if weights is None:
+        return None
+    mass = np.cumsum(weights)
+    target = uniform(sampling.seed, index) * mass[-1]
+    if np.abs(mass - target).min() < 1e-4 * mass[-1]:
+        return None
+    return int(np.searchsorted(mass, target, side="right"))
+
+
+def adjusted(logits: np.ndarray, sampling: Sampling, index: int, prompt: list[int], outputs: list[int]) -> np.ndarray:
+    """Penalties and masked end tokens."""
     scores = logits.astype(np.float64)
     for token in set(prompt) | set(outputs):
         scores[token] *= sampling.repetition_penalty if scores[token] <= 0 else 1.0 / sampling.repetition_penalty
@@ -25,33 +40,26 @@ def reference(logits: np.ndarray, sampling: Sampling, index: int, prompt: list[i
         scores[token] -= sampling.presence_penalty * (count > 0) + sampling.frequency_penalty * count
     if index < sampling.min_tokens:
         scores[list(sampling.eos_token_ids + sampling.stop_token_ids)] = -np.inf
-    if sampling.temperature == 0.0:
-        best = np.sort(scores)[::-1]
-        return None if best[0] - best[1] < 1e-4 else int(scores.argmax())
-    scores = (scores - scores.max()) / sampling.temperature
+    return scores
+
+
+def truncated(scores: np.ndarray, sampling: Sampling) -> np.ndarray | None:
+    """Unnormalised probabilities after top_k, top_p and min_p; None when a rounding error decides about a token."""
     order = sorted(range(VOCAB), key=lambda token: -scores[token])
-    kept = set(order)
+    weights: np.ndarray = np.exp(scores)
     if 0 < sampling.top_k < VOCAB:
-        kept = {token for token in order if scores[token] >= scores[order[sampling.top_k - 1]]}
-    weights = np.array([math.exp(scores[token]) if token in kept else 0.0 for token in range(VOCAB)])
-    kept = set(np.flatnonzero(weights).tolist())
+        weights[scores < scores[order[sampling.top_k - 1]]] = 0.0
     if sampling.top_p < 1.0:
-        before, total, needed = 0.0, weights.sum(), set()
+        before, total = 0.0, weights.sum()
         for token in order:
             if abs(before - sampling.top_p * total) < 1e-4 * total:
-                return None  # one rounding error decides about this token
-            if before < sampling.top_p * total:
-                needed.add(token)
-            before += weights[token]
-        kept &= needed
-    if any(abs(weights[token] - sampling.min_p) < 1e-4 for token in kept) and 0.0 < sampling.min_p < 1.0:
+                return None
+            before, weights[token] = before + weights[token], weights[token] * (before < sampling.top_p * total)
+    near = np.abs(weights - sampling.min_p) < 1e-4
+    if 0.0 < sampling.min_p < 1.0 and near.any():
         return None
-    kept = {token for token in kept if weights[token] >= sampling.min_p}
-    mass = np.cumsum([weights[token] if token in kept else 0.0 for token in range(VOCAB)])
-    target = uniform(sampling.seed, index) * mass[-1]
-    if np.abs(mass - target).min() < 1e-4 * mass[-1]:
-        return None
-    return int(np.searchsorted(mass, target, side="right"))
+    weights[weights < sampling.min_p] = 0.0
+    return weights
 
 
 token_ids = st.integers(0, VOCAB - 1)

@@ -82,9 +82,9 @@ class Harness:
             engine.check_integrity()
         raise AssertionError(f"not done after {limit} steps")
 
-    def alone(self, model: Model, work: Work, **limits: int) -> list[int]:
+    def alone(self, model: Model, work: Work, page_tokens: int = 4, step_tokens: int = 32) -> list[int]:
         """The tokens of ``work`` run by itself in a roomy engine."""
-        engine = self.engine(model, **limits)
+        engine = self.engine(model, page_tokens=page_tokens, step_tokens=step_tokens)
         engine.add(work)
         return self.tokens(self.run(engine)[work.request_id])
 

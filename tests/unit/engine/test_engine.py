@@ -131,8 +131,8 @@ def test_first_token_that_finishes_only_releases(tiny: Model, harness: Harness) 
 def test_end_tokens_stop_and_are_emitted(tiny: Model, harness: Harness) -> None:
     plain = harness.alone(tiny, harness.work("a", harness.prompt(20)))
     index = next(i for i, token in enumerate(plain) if i >= 2 and token not in plain[:i])
-    for field in ("eos_token_ids", "stop_token_ids"):
-        sampling = dataclasses.replace(GREEDY, **{field: (plain[index],)})
+    ends = (plain[index],)
+    for sampling in (dataclasses.replace(GREEDY, eos_token_ids=ends), dataclasses.replace(GREEDY, stop_token_ids=ends)):
         engine = harness.engine(tiny)
         engine.add(harness.work("a", harness.prompt(20), sampling))
         events = harness.run(engine)["a"]

@@ -106,9 +106,7 @@ def test_work_that_waits_for_pages_goes_on_after_a_release(tiny: Model, harness:
     assert loop.stop(WAIT_S)
 
 
-def test_calls_are_bounded_and_can_be_cancelled(
-    tiny: Model, harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_are_bounded_and_can_be_cancelled(tiny: Model, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_module, "MAX_CALLS", 2)
     listener = Listener()
     loop = EngineLoop(harness.engine(tiny), listener.on_events, listener.on_failure)
