@@ -114,6 +114,11 @@ class _Sequence:
         return self.known - self.computed == 1 and self.known > self.job.prompt_tokens
 
     @property
+    def left(self) -> int:
+        """Output tokens that are still to come if nothing ends the sequence early."""
+        return self.job.prompt_tokens + self.job.max_tokens - self.known
+
+    @property
     def preemptible(self) -> bool:
         return not self.job.prefill_only
 
@@ -198,44 +203,45 @@ class Scheduler:
                 self._running.remove(sequence)
 
     def decode_run(self, now_s: float) -> DecodeRun | None:
-        """How many coming steps are plain decodes of one fixed batch, whatever :meth:`schedule` would be asked.
+        """Begins the next step if it and perhaps more are plain decodes of one fixed batch; None if it is of another kind.
 
-        The run ends before a sequence would pass its ``max_tokens`` or the free pages would run out; None when the very
-        next step is of another kind. It holds until something is added, started or released. For callers that need no
-        block tables: a simulator takes such a run in one :meth:`skip` instead of many ``schedule`` and ``advance``.
+        The run ends before a sequence would pass its ``max_tokens`` or the free pages would run out. It holds until
+        something is added, started or released. Like ``schedule`` it takes the pages of its first step. For callers
+        that need no block tables: a simulator takes a run in one :meth:`skip` instead of many ``schedule``, ``advance``.
         """
         self._run_ready()
-        running, page_tokens = self._running, self.pool.page_tokens
-        if not running or self._admits():
+        if not self._running or self._admits():
             return None
-        contexts, slacks, steps = [], [0] * (page_tokens + 1), None
-        for sequence in running:
+        page_tokens = self.pool.page_tokens
+        contexts, slacks, steps = [], [0] * (page_tokens + 1), self._running[0].left
+        for sequence in self._running:
             if not sequence.decodes:
                 return None
             contexts.append(sequence.known)
             slacks[min(page_tokens, len(sequence.pages) * page_tokens - sequence.computed)] += 1
-            left = sequence.job.prompt_tokens + sequence.job.max_tokens - sequence.known
-            steps = left if steps is None else min(steps, left)
+            steps = min(steps, sequence.left)
+        steps = min(steps, _steps_until_full(slacks, self.pool.free))
+        if steps <= 0:
+            return None
+        for sequence in self._running:
             if sequence.scheduled_s is None:
                 sequence.scheduled_s = now_s
-        steps = min(steps or 0, _steps_until_full(slacks, self.pool.free))
-        return DecodeRun(tuple(contexts), steps) if steps > 0 else None
+            self._hold(sequence, sequence.computed + 1)
+        return DecodeRun(tuple(contexts), steps)
 
-    def skip(self, steps: int, first_s: float) -> list[str]:
-        """``steps`` of the current :meth:`decode_run` were computed, the first by ``first_s``.
+    def skip(self, steps: int, first_s: float, *, goes_on: bool) -> list[str]:
+        """``steps`` steps of the current :meth:`decode_run` were computed, the first by ``first_s``.
 
-        Returns the sequences that have reached their ``max_tokens``.
+        ``goes_on`` says that the run's next step has begun. Returns the sequences that reached their ``max_tokens``.
         """
-        page_tokens, full = self.pool.page_tokens, []
+        full = []
         for sequence in self._running:
             sequence.known += steps
             sequence.computed += steps
             if sequence.first_token_s is None:
                 sequence.first_token_s = first_s
-            missing = -(-sequence.computed // page_tokens) - len(sequence.pages)
-            if missing > 0:
-                sequence.pages += self.pool.take(missing)
-            if sequence.known >= sequence.job.prompt_tokens + sequence.job.max_tokens:
+            self._hold(sequence, sequence.computed + goes_on)
+            if sequence.left <= 0:
                 full.append(sequence.job.request_id)
         return full
 
@@ -254,6 +260,11 @@ class Scheduler:
     def timing(self, request_id: str) -> Timing:
         sequence = self._get(request_id)
         return Timing(sequence.added_s, sequence.scheduled_s, sequence.first_token_s)
+
+    def outputs(self, request_id: str) -> int:
+        """Output tokens of the sequence that are known."""
+        sequence = self._get(request_id)
+        return sequence.known - sequence.job.prompt_tokens
 
     @property
     def has_work(self) -> bool:
@@ -321,6 +332,12 @@ class Scheduler:
             if sequence.phase is Phase.RUNNING and self._grow(sequence):
                 chosen.append((sequence, 1))
         return chosen
+
+    def _hold(self, sequence: _Sequence, tokens: int) -> None:
+        """Takes the pages that ``tokens`` tokens need; a run has made sure that they are free."""
+        missing = self.pool.pages_for(tokens) - len(sequence.pages)
+        if missing > 0:
+            sequence.pages += self.pool.take(missing)
 
     def _grow(self, sequence: _Sequence) -> bool:
         """Gives a decode the page of its next token, from others if it must; False when it was itself preempted."""

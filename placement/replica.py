@@ -1,0 +1,283 @@
+"""One simulated worker: the real scheduler, a cost model in place of the accelerator.
+
+A step that holds prefill goes through ``schedule`` and ``advance`` as in the engine. A run of plain decode steps of one
+batch is taken as a whole: its step times are computed one by one from the cost model (the same sums in the same order
+as without), only the scheduler's work and the event queue are skipped. What reaches the worker during a run cuts it at
+the end of the step under way, where the engine would have taken it in.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from baton.messages import Load
+from engine.pages import PagePool
+from engine.scheduler import DecodeRun, Job, Scheduler, Slice
+from placement.cost import CostModel, StepShape, SummedCostModel
+from placement.events import Rank, Timeline
+from placement.outcome import WorkerUse
+
+LOOKAHEAD_STEPS = (8, 256)  # least and most decode steps whose times are computed ahead
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """The engine settings of one worker, as in ``baton.config.PoolConfig``."""
+
+    page_tokens: int = 16
+    step_tokens: int = 2048
+    max_running: int = 256
+    max_waiting: int = 4096
+
+
+class Listener(Protocol):
+    """Who hears of the tokens. ``prefilled`` is the first token of a ``prefill_only`` job, which keeps its pages."""
+
+    def prefilled(self, replica: Replica, request_id: str, now_s: float) -> None: ...
+    def first_token(self, replica: Replica, request_id: str, now_s: float) -> None: ...
+    def finished(self, replica: Replica, request_id: str, now_s: float) -> None: ...
+    def freed(self, replica: Replica) -> None: ...
+
+
+StepTimes = Callable[[tuple[int, ...], float, int], list[float]]
+"""(contexts of a batch, start, n) -> when each of the next n decode steps of that batch ends."""
+
+
+@dataclass(slots=True)
+class _Run:
+    started_s: float
+    ends_s: list[float]  # when each of its steps ends; the event is at the last
+
+
+class Replica:
+    """A worker that computes one step at a time. ``version`` changes whenever a planned end of step is void."""
+
+    def __init__(
+        self, name: str, cost: CostModel, limits: EngineLimits, kv_tokens: int, timeline: Timeline, listener: Listener,
+        *, fast: bool = True,
+    ) -> None:  # fmt: skip
+        self.name, self.cost, self.limits = name, cost, limits
+        self.pool = PagePool(max(1, kv_tokens // limits.page_tokens), limits.page_tokens)
+        self.scheduler = Scheduler(
+            self.pool,
+            step_tokens=limits.step_tokens,
+            max_running=limits.max_running,
+            max_waiting=limits.max_waiting,
+        )
+        self.alive, self.draining = True, False
+        self.handoffs = 0  # reserved but not landed (decode), sent but not landed (prefill)
+        self.link_free_s = 0.0
+        self.busy_s, self.steps = 0.0, 0
+        self._timeline, self._listener, self._fast = timeline, listener, fast
+        self._decode_ends_s = _step_times(cost)
+        self._full_at: dict[str, int] = {}  # request -> prompt and output tokens at its end
+        self._version = 0
+        self._step: tuple[Slice, ...] | None = None
+        self._run: _Run | None = None
+        self._ending = False
+        self._ahead = LOOKAHEAD_STEPS[0]
+
+    # ---- what the cluster asks
+
+    def add(self, job: Job) -> None:
+        """Queues ``job``; raises as the scheduler does."""
+        self.settle()
+        self.scheduler.add(job, self._timeline.now_s)
+        self._full_at[job.request_id] = job.prompt_tokens + job.max_tokens
+        self.wake()
+
+    def reserve(self, job: Job) -> None:
+        """Takes the pages of ``job``'s prompt; raises as the scheduler does."""
+        self.settle()
+        self.scheduler.reserve(job, self._timeline.now_s)
+        self._full_at[job.request_id] = job.prompt_tokens + job.max_tokens
+        self.handoffs += 1
+        run = self._run
+        if run is not None and self.pool.free < self.scheduler.running * (2 + len(run.ends_s) // self.pool.page_tokens):
+            self.wake()  # the run might count on pages that are gone now
+
+    def start(self, request_id: str) -> None:
+        """The reserved pages of ``request_id`` hold its prompt and its first token is known."""
+        self.settle()
+        self.handoffs -= 1
+        self.scheduler.start(request_id)
+        self.wake()
+
+    def wake(self) -> None:
+        """Something was added, started or released: the next step may differ from what was planned."""
+        if not self.alive or self._ending:
+            return
+        if self._run is not None:
+            self._cut(self._run, self._timeline.now_s)
+        elif self._step is None:
+            self._begin(self._timeline.now_s)
+
+    def release(self, request_id: str) -> None:
+        """Frees a sequence whose step is not under way (held pages, lost reservations)."""
+        self.settle()
+        self._full_at.pop(request_id, None)
+        if self.scheduler.release(request_id):
+            self._listener.freed(self)
+            self.wake()
+
+    def settle(self) -> None:
+        """Brings the scheduler up to the steps of the current run that have ended by now; they stay ended."""
+        run = self._run
+        if run is None:
+            return
+        done = bisect_left(run.ends_s, self._timeline.now_s)
+        if 0 < done < len(run.ends_s):
+            self._account(run.started_s, run.ends_s[done - 1], done)
+            self.scheduler.skip(done, run.ends_s[0], goes_on=True)
+            run.started_s = run.ends_s[done - 1]
+            del run.ends_s[:done]
+
+    def load(self, *, waiting_tokens: bool, line: int = 0) -> Load:
+        """What the worker would push to routers now, with ``line`` requests before its pages.
+
+        Counting waiting tokens takes time, and only the choice of a prefill worker reads them.
+        """
+        self.settle()
+        scheduler = self.scheduler
+        return Load(
+            waiting=scheduler.waiting + line,
+            waiting_tokens=scheduler.waiting_tokens if waiting_tokens else 0,
+            running=scheduler.running,
+            pages_used=self.pool.used,
+            pages_total=self.pool.total,
+            handoffs=self.handoffs,
+            buffer_bytes_used=0,
+            buffer_bytes_total=0,
+            buffer_bytes_quarantined=0,
+        )
+
+    def kill(self) -> None:
+        """Ends at once; every sequence is gone. The caller knows which those were."""
+        self.alive = False
+        self._version += 1
+        self._step = self._run = None
+
+    def outputs(self, request_id: str) -> int:
+        """Output tokens of ``request_id`` so far."""
+        self.settle()
+        return self.scheduler.outputs(request_id)
+
+    def use(self) -> WorkerUse:
+        return WorkerUse(self.busy_s, self.steps, self.pool.high_water, self.pool.total, self.scheduler.preemptions)
+
+    # ---- steps
+
+    def _begin(self, now_s: float) -> None:
+        if self._fast and (run := self.scheduler.decode_run(now_s)) is not None:
+            self._begin_run(run, now_s)
+            return
+        step = self.scheduler.schedule(now_s)
+        if not step:
+            return
+        self._step = step
+        self._expect(self._end_s(step, now_s), self._end_step, now_s)
+
+    def _expect(self, time_s: float, end: Callable[[float], None], started_s: float) -> None:
+        self._version += 1
+        version = self._version
+
+        def fire() -> None:
+            if version == self._version:
+                end(started_s)
+
+        self._timeline.at(time_s, Rank.STEP, fire)
+
+    def _end_s(self, step: tuple[Slice, ...], now_s: float) -> float:
+        chunks = tuple((part.start, part.count) for part in step if not part.decode)
+        contexts = tuple(part.start + part.count for part in step if part.decode)
+        if not chunks:
+            return self._decode_ends_s(contexts, now_s, 1)[0]
+        return now_s + self.cost.step_s(StepShape(chunks, contexts))
+
+    def _end_step(self, started_s: float) -> None:
+        now_s = self._timeline.now_s
+        step, self._step = self._step or (), None
+        self._account(started_s, now_s, 1)
+        self.scheduler.advance(step, now_s)
+        self._ending = True
+        for part in step:
+            if part.samples:
+                self._sampled(part, now_s)
+        self._next(now_s)
+
+    def _sampled(self, part: Slice, now_s: float) -> None:
+        if part.prefill_only:
+            self._listener.prefilled(self, part.request_id, now_s)
+            return
+        if not part.decode:
+            self._listener.first_token(self, part.request_id, now_s)
+        if part.start + part.count + 1 >= self._full_at[part.request_id]:
+            self._finish(part.request_id, now_s)
+
+    def _finish(self, request_id: str, now_s: float) -> None:
+        self.scheduler.release(request_id)
+        del self._full_at[request_id]
+        self._listener.finished(self, request_id, now_s)
+        self._listener.freed(self)
+
+    def _next(self, now_s: float) -> None:
+        self._ending = False
+        if self.alive:
+            self._begin(now_s)
+
+    # ---- runs of decode steps
+
+    def _begin_run(self, run: DecodeRun, now_s: float) -> None:
+        ends_s = self._decode_ends_s(run.contexts, now_s, min(run.steps, self._ahead))
+        self._ahead = min(2 * self._ahead, LOOKAHEAD_STEPS[1])
+        self._run = _Run(now_s, ends_s)
+        self._expect(ends_s[-1], self._end_run, now_s)
+
+    def _cut(self, run: _Run, now_s: float) -> None:
+        """Lets the run end with the step under way."""
+        last = bisect_left(run.ends_s, now_s)
+        if last + 1 < len(run.ends_s):
+            del run.ends_s[last + 1 :]
+            self._ahead = max(LOOKAHEAD_STEPS[0], last + 1)
+            self._expect(run.ends_s[-1], self._end_run, run.started_s)
+
+    def _end_run(self, _: float) -> None:
+        now_s = self._timeline.now_s
+        run, self._run = cast(_Run, self._run), None
+        self._account(run.started_s, now_s, len(run.ends_s))
+        self._ending = True
+        for request_id in self.scheduler.skip(len(run.ends_s), run.ends_s[0], goes_on=False):
+            self._finish(request_id, now_s)
+        self._next(now_s)
+
+    def _account(self, started_s: float, ended_s: float, steps: int) -> None:
+        self.busy_s += ended_s - started_s
+        self.steps += steps
+
+
+def _step_times(cost: CostModel) -> StepTimes:
+    """Asks the cost model for every step; through the sum of the contexts where the model allows it."""
+    if hasattr(cost, "decode_step_s"):
+        decode_step_s = cast(SummedCostModel, cost).decode_step_s
+
+        def by_sum(contexts: tuple[int, ...], now_s: float, steps: int) -> list[float]:
+            batch, context_sum, ends_s = len(contexts), sum(contexts), []
+            for _ in range(steps):
+                now_s += decode_step_s(batch, context_sum)
+                context_sum += batch
+                ends_s.append(now_s)
+            return ends_s
+
+        return by_sum
+
+    def by_contexts(contexts: tuple[int, ...], now_s: float, steps: int) -> list[float]:
+        ends_s = []
+        for step in range(steps):
+            now_s += cost.step_s(StepShape((), tuple(context + step for context in contexts)))
+            ends_s.append(now_s)
+        return ends_s
+
+    return by_contexts

@@ -1,0 +1,360 @@
+"""The cluster under simulated time: router, prefill and decode workers, and the links between them.
+
+    arrive ─► choose decode ─► line for pages ─► reserve ─► choose prefill ─► prefill ─► first token
+           ─► handoff over both links ─► landed ─► decode in the batch ─► last token
+
+What runs is the real code: :class:`engine.scheduler.Scheduler` in every worker and :mod:`router.policy` on views of
+pushed loads as old as the real ones. What is modelled: the accelerator and the handoff (a cost model), the line in
+front of a decode worker's pages (``decode_worker.admission``, which waits on an event loop), and the links: a handoff
+holds its sender's and its receiver's link for its whole transfer time, first come first served, and may begin before
+prefill ends by as much as the cost model says is hidden. Not modelled: prefix caches (the engine has none yet) and
+landing-buffer limits. There is no randomness here: the workload brings it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, assert_never
+
+from baton.errors import InvalidRequest, Overloaded
+from baton.messages import Load
+from engine.scheduler import Job
+from placement.cost import CostModel
+from placement.events import Rank, Timeline
+from placement.outcome import End, Outcome, Slo, Trip
+from placement.replica import EngineLimits, Replica
+from placement.workload import Arrival
+from router import policy
+
+Role = Literal["prefill", "decode"]
+
+LOAD_AGE_S = 0.05  # baton.plane.LOAD_CHANGED_S: how old the load that a router sees may be
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Replicas of one kind. A pipeline of ``stages`` keeps as many batches in flight, each with its share of the KV."""
+
+    cost: CostModel
+    replicas: int
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    stages: int = 1
+
+    @property
+    def gpus(self) -> int:
+        return self.replicas * self.cost.gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Both pools; without ``prefill`` the decode workers compute whole sequences. ``attempts``: tries per request."""
+
+    decode: Pool
+    prefill: Pool | None = None
+    max_inflight: int = 1 << 20
+    attempts: int = 3
+    paired: bool = False  # request n goes to the n-th pair of workers in turn (DistServe's 1:1 pairing)
+
+    @property
+    def gpus(self) -> int:
+        return self.decode.gpus + (self.prefill.gpus if self.prefill else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """At ``at_s``: a worker dies or returns, or a pool grows by one or drains its newest worker."""
+
+    at_s: float
+    role: Role
+    kind: Literal["kill", "return", "grow", "shrink"]
+    index: int = 0  # which worker, for kill and return
+
+
+def simulate(
+    cluster: Cluster,
+    arrivals: Sequence[Arrival],
+    *,
+    changes: Iterable[Change] = (),
+    give_up: Slo | None = None,
+    fast: bool = True,
+) -> Outcome:
+    """Runs ``arrivals`` through ``cluster`` to the end of the last request.
+
+    With ``give_up`` it stops as soon as so many requests have missed that this SLO's attainment is out of reach.
+    ``fast=False`` takes every decode step through the scheduler: the same results, slower.
+    """
+    return _Simulation(cluster, arrivals, fast).run(changes, give_up)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """One attempt of one request. ``before``: output tokens that earlier attempts delivered."""
+
+    request_id: str
+    trip: Trip
+    before: int
+    decode: Replica
+    dispatched_s: float
+    prefill: Replica | None = None
+    landed: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.trip.prompt_tokens + self.before
+
+    def job(self, *, prefill_only: bool = False) -> Job:
+        left = self.trip.output_tokens - self.before
+        return Job(self.request_id, self.prompt_tokens, left, prefill_only=prefill_only)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A worker's load as the router has it, and what was dispatched since."""
+
+    at_s: float
+    load: Load
+    requests: int = 0
+    tokens: int = 0
+
+
+class _Simulation:
+    def __init__(self, cluster: Cluster, arrivals: Sequence[Arrival], fast: bool) -> None:
+        self._cluster, self._arrivals, self._fast = cluster, arrivals, fast
+        self._timeline = Timeline()
+        self._made: list[Replica] = []
+        self._pools: dict[Role, list[Replica]] = {"decode": self._workers("decode", cluster.decode)}
+        if cluster.prefill is not None:
+            self._pools["prefill"] = self._workers("prefill", cluster.prefill)
+        self._lines: dict[str, deque[_Flight]] = {}
+        self._seen: dict[str, _Seen] = {}
+        self._trips = [Trip(a.at_s, a.prompt_tokens, a.output_tokens) for a in arrivals]
+        self._flights: dict[str, _Flight] = {}
+        self._give_up: Slo | None = None
+        self._missed = 0
+
+    def run(self, changes: Iterable[Change], give_up: Slo | None) -> Outcome:
+        self._give_up = give_up
+        allowed = len(self._trips) * (1 - give_up.attainment) if give_up else float("inf")
+        for change in changes:
+            self._timeline.at(change.at_s, Rank.CHANGE, partial(self._change, change))
+        self._expect_arrival(0)
+        while self._missed <= allowed + 1e-9 and self._timeline.step():
+            pass
+        uses = {worker.name: worker.use() for worker in self._made}
+        return Outcome(self._trips, self._timeline.now_s, uses, gave_up=self._missed > allowed + 1e-9)
+
+    # ---- a request's way
+
+    def _expect_arrival(self, index: int) -> None:
+        if index < len(self._trips):
+            self._timeline.at(self._trips[index].arrived_s, Rank.NEWS, partial(self._arrive, index))
+
+    def _arrive(self, index: int) -> None:
+        self._expect_arrival(index + 1)
+        trip = self._trips[index]
+        if len(self._flights) >= self._cluster.max_inflight:
+            self._end(trip, End.REFUSED)
+            return
+        self._dispatch(trip, index)
+
+    def _dispatch(self, trip: Trip, index: int) -> None:
+        """One attempt: a decode worker first, then its pages, then a prefill worker; or the decode worker alone."""
+        decode = self._choose("decode", trip.prompt_tokens + trip.sent, index)
+        trip.attempts += 1
+        if decode is None or trip.attempts > self._cluster.attempts:
+            self._end(trip, End.LOST)
+            return
+        flight = _Flight(f"{index}/{trip.attempts}", trip, trip.sent, decode, self._timeline.now_s)
+        self._flights[flight.request_id] = flight
+        try:
+            if self._cluster.prefill is None:
+                decode.add(flight.job())
+            else:
+                self._queue_for_pages(flight)
+        except (Overloaded, InvalidRequest):
+            self._drop(flight, End.REFUSED)
+
+    def _queue_for_pages(self, flight: _Flight) -> None:
+        line = self._lines.setdefault(flight.decode.name, deque())
+        if len(line) >= flight.decode.limits.max_waiting:
+            raise Overloaded("the line for pages is full")
+        line.append(flight)
+        if len(line) == 1:
+            self.freed(flight.decode)
+
+    def freed(self, replica: Replica) -> None:
+        """Whoever is first in the line for this worker's pages tries again."""
+        line = self._lines.get(replica.name)
+        while line:
+            flight = line[0]
+            try:
+                replica.reserve(flight.job())
+            except Overloaded:
+                return
+            except InvalidRequest:
+                line.popleft()
+                self._drop(flight, End.REFUSED)
+                continue
+            line.popleft()
+            self._prefill(flight)
+
+    def _prefill(self, flight: _Flight) -> None:
+        prefill = self._choose("prefill", flight.prompt_tokens, _index(flight))
+        try:
+            if prefill is None:
+                raise Overloaded("no prefill worker")
+            prefill.add(flight.job(prefill_only=True))
+        except (Overloaded, InvalidRequest):
+            self._drop(flight, End.REFUSED)
+            self._unreserve(flight)
+            return
+        flight.prefill = prefill
+
+    def prefilled(self, replica: Replica, request_id: str, now_s: float) -> None:
+        """The first token is out; the KV goes to the decode worker as soon as both links are free."""
+        started_s = replica.scheduler.timing(request_id).scheduled_s
+        replica.release(request_id)
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return
+        trip = flight.trip
+        trip.queue_s += (started_s or now_s) - flight.dispatched_s
+        self._first(trip, now_s)
+        if trip.sent >= trip.output_tokens:
+            self._unreserve(flight)
+            self._finish(flight, now_s)
+            return
+        tokens, cost = flight.prompt_tokens, replica.cost
+        whole_s, exposed_s = cost.transfer_s(tokens), cost.exposed_transfer_s(tokens)
+        begin_s = max(now_s + exposed_s - whole_s, replica.link_free_s, flight.decode.link_free_s)
+        landed_s = max(now_s, begin_s + whole_s)
+        replica.link_free_s = flight.decode.link_free_s = landed_s
+        replica.handoffs += 1
+        trip.handoff_s += landed_s - now_s
+        self._timeline.at(landed_s, Rank.NEWS, partial(self._landed, flight))
+
+    def _landed(self, flight: _Flight) -> None:
+        if flight.prefill is not None:
+            flight.prefill.handoffs -= 1
+        if flight.request_id in self._flights:
+            flight.landed = True
+            flight.decode.start(flight.request_id)
+
+    def first_token(self, replica: Replica, request_id: str, now_s: float) -> None:
+        """A decode worker that computes whole sequences has finished a prompt, perhaps again after preemption."""
+        flight = self._flights[request_id]
+        if flight.trip.sent == flight.before:
+            started_s = replica.scheduler.timing(request_id).scheduled_s
+            flight.trip.queue_s += (started_s or now_s) - flight.dispatched_s
+            self._first(flight.trip, now_s)
+
+    def finished(self, replica: Replica, request_id: str, now_s: float) -> None:
+        self._finish(self._flights[request_id], now_s)
+
+    def _first(self, trip: Trip, now_s: float) -> None:
+        if trip.sent == 0:
+            trip.first_token_s = now_s
+            if self._give_up and trip.ttft_s > self._give_up.ttft_s:
+                self._missed += 1
+        trip.sent += 1
+
+    def _finish(self, flight: _Flight, now_s: float) -> None:
+        trip, slo = flight.trip, self._give_up
+        trip.last_token_s, trip.sent, trip.end = now_s, trip.output_tokens, End.FINISHED
+        if slo and trip.ttft_s <= slo.ttft_s and trip.tpot_s > slo.tpot_s:
+            self._missed += 1
+        del self._flights[flight.request_id]
+
+    def _drop(self, flight: _Flight, end: End) -> None:
+        del self._flights[flight.request_id]
+        self._end(flight.trip, end)
+
+    def _end(self, trip: Trip, end: End) -> None:
+        trip.end = end
+        slo = self._give_up
+        if not (slo and trip.sent and trip.ttft_s > slo.ttft_s):  # else it was counted at its first token
+            self._missed += 1
+
+    def _unreserve(self, flight: _Flight) -> None:
+        flight.decode.handoffs -= 1
+        flight.decode.release(flight.request_id)
+
+    # ---- the router's view
+
+    def _choose(self, role: Role, tokens: int, index: int) -> Replica | None:
+        workers = [worker for worker in self._pools[role] if worker.alive and not worker.draining]
+        if self._cluster.paired:
+            return workers[index % len(workers)] if workers else None
+        views = {worker.name: self._view(worker, role) for worker in workers}
+        if role == "prefill":
+            name = policy.choose_prefill(views.values())
+        else:
+            name = policy.choose_decode(list(views.values()), tokens, self._cluster.decode.limits.page_tokens)
+        if name is None:
+            return None
+        seen = self._seen[name]
+        seen.requests += 1
+        seen.tokens += tokens
+        return next(worker for worker in workers if worker.name == name)
+
+    def _view(self, worker: Replica, role: Role) -> policy.WorkerView:
+        seen, now_s = self._seen.get(worker.name), self._timeline.now_s
+        if seen is None or now_s - seen.at_s >= LOAD_AGE_S:
+            load = worker.load(waiting_tokens=role == "prefill", line=len(self._lines.get(worker.name, ())))
+            seen = self._seen[worker.name] = _Seen(now_s, load)
+        return policy.WorkerView(worker.name, seen.load, seen.requests, seen.tokens)
+
+    # ---- failures and scaling
+
+    def _change(self, change: Change) -> None:
+        pool = self._pools[change.role]
+        match change.kind:
+            case "kill":
+                self._kill(pool[change.index], change.role)
+            case "return":
+                pool[change.index] = self._worker(change.role, self._spec(change.role))
+            case "grow":
+                pool.append(self._worker(change.role, self._spec(change.role)))
+            case "shrink":
+                staying = [worker for worker in pool if worker.alive and not worker.draining]
+                staying[-1].draining = True
+            case never:
+                assert_never(never)
+
+    def _kill(self, worker: Replica, role: Role) -> None:
+        """Its requests are tried again elsewhere with what the client has so far as part of the prompt."""
+        hit = [f for f in self._flights.values() if (f.decode if role == "decode" else f.prefill) is worker]
+        lost = [flight for flight in hit if role == "decode" or not flight.landed]
+        for flight in lost:
+            if role == "decode" and (flight.landed or self._cluster.prefill is None):
+                flight.trip.sent = flight.before + worker.outputs(flight.request_id)
+        worker.kill()
+        self._lines.pop(worker.name, None)
+        for flight in lost:
+            del self._flights[flight.request_id]
+            if role == "prefill":
+                self._unreserve(flight)
+            self._dispatch(flight.trip, _index(flight))
+
+    def _spec(self, role: Role) -> Pool:
+        spec = self._cluster.prefill if role == "prefill" else self._cluster.decode
+        if spec is None:
+            raise ValueError("the cluster has no prefill pool")
+        return spec
+
+    def _workers(self, role: Role, spec: Pool) -> list[Replica]:
+        return [self._worker(role, spec) for _ in range(spec.replicas * spec.stages)]
+
+    def _worker(self, role: Role, spec: Pool) -> Replica:
+        kv_tokens = spec.cost.kv_tokens() // spec.stages
+        name = f"{role}-{len(self._made):04d}"
+        worker = Replica(name, spec.cost, spec.limits, kv_tokens, self._timeline, self, fast=self._fast)
+        self._made.append(worker)
+        return worker
+
+
+def _index(flight: _Flight) -> int:
+    return int(flight.request_id.partition("/")[0])
