@@ -36,7 +36,7 @@ class FrameStream:
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_connection(host, port)
         except (OSError, TimeoutError) as error:
-            raise Unavailable(f"cannot connect to {host}:{port}: {error or 'timed out'}") from None
+            raise Unavailable(f"cannot connect to {host}:{port}: {str(error) or 'timed out'}") from None
         return cls(reader, writer, registry)
 
     @property
