@@ -34,7 +34,7 @@ from router.service import InferenceService
 log = logging.getLogger(__name__)
 
 SERVICER_FUNCTIONS = [
-    "baton.wire.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "router.handlers.add_inference_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
 
@@ -89,23 +89,23 @@ class RouterReplica:
         self._directory = Directory(self._service.pools, context.app_name, roles)
 
     async def Generate(  # noqa: N802 - gRPC's name
-        self, request: inference_pb2.GenerateRequest, grpc_context: RayServegRPCContext
+        self, request: bytes, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         async for response in self._service.generate(request, grpc_context):
             yield response
 
     async def Tokenize(  # noqa: N802
-        self, request: inference_pb2.TokenizeRequest, grpc_context: RayServegRPCContext
+        self, request: bytes, grpc_context: RayServegRPCContext
     ) -> inference_pb2.TokenizeResponse:
         return await self._service.tokenize(request, grpc_context)
 
     async def ListModels(  # noqa: N802
-        self, request: inference_pb2.ListModelsRequest
+        self, request: bytes
     ) -> inference_pb2.ListModelsResponse:
         return self._service.list_models()
 
     async def GetStatus(  # noqa: N802
-        self, request: inference_pb2.GetStatusRequest
+        self, request: bytes
     ) -> inference_pb2.GetStatusResponse:
         return self._service.report()
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from baton.errors import ConfigError, Unavailable
 
 READY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+ORPHAN_TIMEOUT_S = 5.0
 POLL_S = 0.1
 
 Progress = Callable[[str], None]
@@ -54,15 +55,8 @@ def up(config: Config, *, progress: Progress) -> Endpoints:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.supervisor", str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    (folder / "pid.json").write_text(json.dumps({"pid": process.pid, "started": _started(process.pid)}))
+    process = _spawn(folder)
+    (folder / "pid.json").write_text(json.dumps({"pid": process.pid, "started": process.create_time()}))
     try:
         _wait_ready(process, folder, progress)
     except BaseException:
@@ -92,15 +86,40 @@ def down(name: str, *, progress: Progress) -> bool:
     progress(f"stopping {name} (pid {process.pid})")
     process.terminate()
     _, alive = psutil.wait_procs([process], timeout=STOP_TIMEOUT_S)
-    _, orphans = psutil.wait_procs(family, timeout=5.0 if not alive else 0.0)
+    _, orphans = psutil.wait_procs(family, timeout=0.5)  # Ray's agents linger for seconds after their raylet
     for orphan in orphans:
-        progress(f"ending pid {orphan.pid}, which did not stop by itself")
-        orphan.kill()  # psutil checks the start time: a recycled pid is not touched
-    psutil.wait_procs(orphans, timeout=5.0)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            orphan.terminate()  # psutil checks the start time: a recycled pid is not touched
+    _, stubborn = psutil.wait_procs(orphans, timeout=0.0 if alive else ORPHAN_TIMEOUT_S)
+    for orphan in stubborn:
+        progress(f"killing pid {orphan.pid} ({_command(orphan)}), which did not stop by itself")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            orphan.kill()
+    psutil.wait_procs(stubborn, timeout=ORPHAN_TIMEOUT_S)
     return True
 
 
-def _wait_ready(process: subprocess.Popen[bytes], folder: Path, progress: Progress) -> None:
+def _spawn(folder: Path) -> psutil.Process:
+    """The supervisor in a session of its own: it outlives the command that started it, and gets no Ctrl-C."""
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-m", "deploy.supervisor", str(folder)],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, log, 1),
+                (os.POSIX_SPAWN_DUP2, log, 2),
+            ],
+            setsid=True,
+        )
+    finally:
+        os.close(log)
+    return psutil.Process(pid)
+
+
+def _wait_ready(process: psutil.Process, folder: Path, progress: Progress) -> None:
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     lines = _progress_lines(folder / "progress")
     while time.monotonic() < deadline_s:
@@ -111,7 +130,7 @@ def _wait_ready(process: subprocess.Popen[bytes], folder: Path, progress: Progre
         state = _state(folder)
         if state.get("phase") == "ready":
             return
-        if process.poll() is not None or state.get("phase") == "failed":
+        if not _alive(process) or state.get("phase") == "failed":
             raise Unavailable(
                 f"the cluster did not start: {state.get('error', 'no reason given')}; see {folder / 'log'}"
             )
@@ -134,14 +153,24 @@ def _supervisor(folder: Path) -> psutil.Process | None:
     try:
         known = json.loads((folder / "pid.json").read_text(encoding="utf-8"))
         process = psutil.Process(known["pid"])
-        alive = process.create_time() == known["started"] and process.status() != psutil.STATUS_ZOMBIE
+        ours = process.create_time() == known["started"]
     except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
         return None
-    return process if alive else None
+    return process if ours and _alive(process) else None
 
 
-def _started(pid: int) -> float:
-    return psutil.Process(pid).create_time()
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())[:120]
+    except psutil.Error:
+        return "gone"
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _state(folder: Path) -> dict[str, Any]:

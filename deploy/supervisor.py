@@ -25,7 +25,7 @@ OBJECT_STORE_BYTES = 100 << 20  # nothing large ever goes through Ray objects
 
 def environment(config: Config, folder: Path) -> dict[str, str]:
     """What Ray and Serve read once at import: HAProxy ingress with its files and ports private to this cluster."""
-    haproxy = folder / "haproxy"
+    haproxy = folder / "h"
     return {
         "RAY_AUTH_MODE": "disabled",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -48,6 +48,11 @@ def environment(config: Config, folder: Path) -> dict[str, str]:
     }
 
 
+def scratch_folder() -> Path:
+    """A fresh folder with a short name: sockets of Ray and HAProxy live deep below it, and their paths end at 97."""
+    return Path(tempfile.mkdtemp(prefix="bt-", dir="/tmp"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="state folder of this cluster, holding config.yaml")
@@ -57,7 +62,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     config = load(folder / "config.yaml")
-    scratch = Path(tempfile.mkdtemp(prefix="baton-"))  # short: Ray's sockets live below it, and paths have a limit
+    scratch = scratch_folder()
     os.environ.update(environment(config, scratch))
     try:
         return _run(config, folder, scratch, stop)

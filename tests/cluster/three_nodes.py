@@ -9,15 +9,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import grpc
 
 from baton.config import parse
 from baton.wire import inference_pb2 as pb
 from baton.wire import inference_pb2_grpc
-from deploy.supervisor import environment, start_serve
+from deploy.supervisor import environment, scratch_folder, start_serve
 
 READY_TIMEOUT_S = 120.0
 
@@ -35,8 +33,10 @@ def main() -> None:
             "ingress": {"grpc_port": 19000, "http_port": 18000},
         }
     )
-    scratch = Path(tempfile.mkdtemp(prefix="baton3-"))
-    os.environ.update(environment(config, scratch))
+    scratch = scratch_folder()
+    ray_folder = scratch / "ray"
+    ray_folder.mkdir()
+    os.environ.update(environment(config, scratch), RAY_TMPDIR=str(ray_folder))
 
     import ray
     from ray.cluster_utils import Cluster
@@ -44,7 +44,7 @@ def main() -> None:
     common = {"object_store_memory": 80 << 20, "include_dashboard": False}
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"node_ip_address": "127.0.0.1", "num_cpus": 4, "temp_dir": str(scratch / "ray"), **common},
+        head_node_args={"node_ip_address": "127.0.0.1", "num_cpus": 4, **common},
     )
     for address, role in (("127.0.0.2", "prefill"), ("127.0.0.3", "decode")):
         cluster.add_node(node_ip_address=address, num_cpus=2, resources={role: 1}, **common)

@@ -16,6 +16,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from baton.config import Config, parse
@@ -109,7 +110,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def start_cluster(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path
-) -> Iterator[Callable[..., contextlib.AbstractContextManager[Client]]]:
+) -> Callable[..., contextlib.AbstractContextManager[Client]]:
     """A function that starts a cluster for the given configuration and yields a client of it."""
     del model_folder  # resolved once, before HOME changes
     cache_dir = str(Path("~/.cache/baton").expanduser())
@@ -131,10 +132,11 @@ def start_cluster(
                 with client.channel:
                     yield client
             finally:
+                family = psutil.Process(endpoints.pid).children(recursive=True)
                 assert local.down(name, progress=lines.append)
-                assert not [line for line in lines if "did not stop by itself" in line], lines
+                assert not [process for process in family if process.is_running()], lines
 
-    yield start
+    return start
 
 
 @pytest.fixture(scope="session")

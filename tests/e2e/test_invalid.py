@@ -94,10 +94,13 @@ def test_unknown_model_is_not_found(nixl_cluster: Any) -> None:
     assert "smollm2-135m-instruct" in error.details()
 
 
-def test_invalid_utf8_on_the_wire_is_refused(nixl_cluster: Any) -> None:
+def test_undecodable_bytes_are_refused(nixl_cluster: Any) -> None:
     call = nixl_cluster.channel.unary_stream("/baton.v1.Inference/Generate")
-    with pytest.raises(grpc.RpcError):
-        list(call(b"\x12\x02\xff\xfe", timeout=10))  # field 2 (prompt), two bytes that are no UTF-8
+    for body in (b"\x12\x02\xff\xfe", b"\x12\xff"):  # a prompt that is no UTF-8, a message that is cut off
+        with pytest.raises(grpc.RpcError) as refused:
+            list(call(body, timeout=10))
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "request" in refused.value.details()
     assert nixl_cluster.generate(prompt="Hello", sampling=pb.Sampling(max_tokens=1)).tokens
 
 
