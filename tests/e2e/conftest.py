@@ -62,6 +62,18 @@ class Client:
         answer.finish, answer.usage, answer.ledger = last.finish_reason, last.usage, last.ledger
         return answer
 
+    def run(self, watch: Callable[[Any, int], None], **fields: Any) -> tuple[str, int]:
+        """The stream's status code and how many tokens came; ``watch(stream, tokens)`` is called after each one."""
+        tokens = 0
+        stream = self.stream(**fields)
+        try:
+            for chunk in stream:
+                tokens += len(chunk.token_ids)
+                watch(stream, tokens)
+        except grpc.RpcError as error:
+            return error.code().name, tokens
+        return "OK", tokens
+
     def status(self) -> pb.GetStatusResponse:
         return self.stub.GetStatus(pb.GetStatusRequest(), timeout=10)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grpc
 import psutil
 import pytest
 
@@ -19,6 +18,7 @@ from baton.wire import inference_pb2 as pb
 pytestmark = pytest.mark.ray
 
 STREAMS = 8
+TOKENS = 200
 CLEAN_END_S = 2.0
 RECOVERY_S = 60.0
 
@@ -39,53 +39,60 @@ def worker_pid(client: Any, role: str) -> int:
     raise AssertionError(f"nobody listens on {port}")
 
 
+def kill_while_streaming(client: Any, role: str) -> tuple[float, list[tuple[float, str, int]]]:
+    """Kills the worker of ``role`` when every stream has its first token: when, and how each stream ended when."""
+    started = threading.Barrier(STREAMS + 1, timeout=60)
+
+    def run(index: int) -> tuple[float, str, int]:
+        waited: list[int] = []
+
+        def watch(stream: Any, tokens: int) -> None:
+            if not waited:
+                waited.append(started.wait())
+
+        code, tokens = client.run(
+            watch,
+            prompt=f"Story {index}: once upon a time",
+            sampling=pb.Sampling(temperature=0.0, max_tokens=TOKENS, ignore_eos=True),
+        )
+        return time.monotonic(), code, tokens
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        runs = [pool.submit(run, index) for index in range(STREAMS)]
+        started.wait()
+        os.kill(worker_pid(client, role), signal.SIGKILL)
+        killed_s = time.monotonic()
+        return killed_s, [run.result() for run in runs]
+
+
+def wait_until_served(client: Any, deadline_s: float) -> None:
+    """Asks until answered; every refusal before that must say UNAVAILABLE."""
+    while True:
+        code, tokens = client.run(
+            lambda *_: None, prompt="Hello", sampling=pb.Sampling(temperature=0.0, max_tokens=4), timeout_s=10
+        )
+        if code == "OK":
+            assert tokens
+            return
+        assert code == "UNAVAILABLE"
+        assert time.monotonic() < deadline_s
+        time.sleep(0.25)
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_sigkill_under_load(cluster: Any, role: str) -> None:
     cluster.wait_ready(1, 1, RECOVERY_S)
-    started = threading.Barrier(STREAMS + 1, timeout=60)
-    ended: list[tuple[float, str, int]] = []
-
-    def run(index: int) -> None:
-        tokens = 0
-        try:
-            stream = cluster.stream(
-                prompt=f"Story {index}: once upon a time",
-                sampling=pb.Sampling(temperature=0.0, max_tokens=200, ignore_eos=True),
-            )
-            for chunk in stream:
-                if not tokens:
-                    started.wait()
-                tokens += len(chunk.token_ids)
-            code = "OK"
-        except grpc.RpcError as error:
-            code = error.code().name
-        ended.append((time.monotonic(), code, tokens))
-
-    with ThreadPoolExecutor(STREAMS) as pool:
-        for index in range(STREAMS):
-            pool.submit(run, index)
-        started.wait()
-        os.kill(worker_pid(cluster, role), signal.SIGKILL)
-        killed_s = time.monotonic()
-
+    killed_s, ended = kill_while_streaming(cluster, role)
     for ended_s, code, tokens in ended:
         if code == "OK":
-            assert tokens == 200
+            assert tokens == TOKENS
         else:
             assert code == "UNAVAILABLE"
             assert ended_s - killed_s < CLEAN_END_S
     if role == "decode":
         assert {code for _, code, _ in ended} == {"UNAVAILABLE"}
 
-    while True:
-        try:
-            answer = cluster.generate(prompt="Hello", sampling=pb.Sampling(temperature=0.0, max_tokens=4), timeout_s=5)
-            break
-        except grpc.RpcError as error:
-            assert error.code() == grpc.StatusCode.UNAVAILABLE
-            assert time.monotonic() - killed_s < RECOVERY_S
-            time.sleep(0.25)
-    assert answer.tokens
+    wait_until_served(cluster, killed_s + RECOVERY_S)
     print(f"{role} killed: service back after {time.monotonic() - killed_s:.1f} s")
     cluster.wait_ready(1, 1, RECOVERY_S)
     cluster.wait_idle()

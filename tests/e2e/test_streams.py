@@ -51,25 +51,21 @@ def test_concurrent_streams_equal_single_ones(nixl_cluster: Any) -> None:
 
 
 def test_cancelling_half_of_the_streams_frees_everything(nixl_cluster: Any) -> None:
-    def run(index: int) -> int:
-        stream = nixl_cluster.stream(
+    def run(index: int) -> tuple[str, int]:
+        def watch(stream: Any, tokens: int) -> None:
+            if index % 2 and tokens >= 1 + index:
+                stream.cancel()
+
+        return nixl_cluster.run(
+            watch,
             prompt=f"Story number {index}: once upon a time",
             sampling=pb.Sampling(temperature=0.0, max_tokens=96, ignore_eos=True),
         )
-        tokens = 0
-        try:
-            for chunk in stream:
-                tokens += len(chunk.token_ids)
-                if index % 2 and tokens >= 1 + index:
-                    stream.cancel()
-        except grpc.RpcError as error:
-            assert error.code() == grpc.StatusCode.CANCELLED
-        return tokens
 
     with ThreadPoolExecutor(STREAMS) as pool:
-        counts = list(pool.map(run, range(STREAMS)))
-    assert all(count == 96 for count in counts[::2])
-    assert all(count < 96 for count in counts[1::2])
+        ended = list(pool.map(run, range(STREAMS)))
+    assert ended[::2] == [("OK", 96)] * (STREAMS // 2)
+    assert all(code == "CANCELLED" and tokens < 96 for code, tokens in ended[1::2])
     nixl_cluster.wait_idle()
 
 
