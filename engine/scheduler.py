@@ -99,6 +99,7 @@ class _Sequence:
     added_s: float
     phase: Phase
     known: int  # prompt and output tokens
+    full_at: int  # tokens at which it has all it asked for
     computed: int = 0  # tokens whose KV is in the pages
     pages: list[int] = field(default_factory=list)
     scheduled_s: float | None = None
@@ -112,11 +113,6 @@ class _Sequence:
     @property
     def decodes(self) -> bool:
         return self.known - self.computed == 1 and self.known > self.job.prompt_tokens
-
-    @property
-    def left(self) -> int:
-        """Output tokens that are still to come if nothing ends the sequence early."""
-        return self.job.prompt_tokens + self.job.max_tokens - self.known
 
     @property
     def preemptible(self) -> bool:
@@ -203,30 +199,37 @@ class Scheduler:
                 self._running.remove(sequence)
 
     def decode_run(self, now_s: float) -> DecodeRun | None:
-        """Begins the next step if it and perhaps more are plain decodes of one fixed batch; None if it is of another kind.
+        """Begins the next step if that, and perhaps more, is a plain decode of one fixed batch; None if it is not.
 
         The run ends before a sequence would pass its ``max_tokens`` or the free pages would run out. It holds until
         something is added, started or released. Like ``schedule`` it takes the pages of its first step. For callers
-        that need no block tables: a simulator takes a run in one :meth:`skip` instead of many ``schedule``, ``advance``.
+        that need no block tables: a simulator takes a run in one :meth:`skip` and not step by step.
         """
         self._run_ready()
         if not self._running or self._admits():
             return None
         page_tokens = self.pool.page_tokens
-        contexts, slacks, steps = [], [0] * (page_tokens + 1), self._running[0].left
+        steps, slacks = self._running[0].job.max_tokens, [0] * (page_tokens + 1)
+        contexts, growing, fresh = [], [], []
         for sequence in self._running:
-            if not sequence.decodes:
-                return None
-            contexts.append(sequence.known)
-            slacks[min(page_tokens, len(sequence.pages) * page_tokens - sequence.computed)] += 1
-            steps = min(steps, sequence.left)
+            known = sequence.known
+            slack = len(sequence.pages) * page_tokens - sequence.computed
+            if known - sequence.computed != 1 or known <= sequence.job.prompt_tokens:
+                return None  # not a decode
+            contexts.append(known)
+            slacks[slack if slack < page_tokens else page_tokens] += 1
+            if slack <= 0:
+                growing.append(sequence)
+            steps = sequence.full_at - known if sequence.full_at - known < steps else steps
+            if sequence.scheduled_s is None:
+                fresh.append(sequence)
         steps = min(steps, _steps_until_full(slacks, self.pool.free))
         if steps <= 0:
             return None
-        for sequence in self._running:
-            if sequence.scheduled_s is None:
-                sequence.scheduled_s = now_s
-            self._hold(sequence, sequence.computed + 1)
+        for sequence in growing:
+            sequence.pages += self.pool.take(1)
+        for sequence in fresh:
+            sequence.scheduled_s = now_s
         return DecodeRun(tuple(contexts), steps)
 
     def skip(self, steps: int, first_s: float, *, goes_on: bool) -> list[str]:
@@ -234,14 +237,16 @@ class Scheduler:
 
         ``goes_on`` says that the run's next step has begun. Returns the sequences that reached their ``max_tokens``.
         """
-        full = []
+        full, page_tokens = [], self.pool.page_tokens
         for sequence in self._running:
-            sequence.known += steps
-            sequence.computed += steps
+            sequence.known = known = sequence.known + steps
+            sequence.computed = known - 1
             if sequence.first_token_s is None:
                 sequence.first_token_s = first_s
-            self._hold(sequence, sequence.computed + goes_on)
-            if sequence.left <= 0:
+            held = known if goes_on else known - 1
+            if held > len(sequence.pages) * page_tokens:
+                sequence.pages += self.pool.take(self.pool.pages_for(held) - len(sequence.pages))
+            if known >= sequence.full_at:
                 full.append(sequence.job.request_id)
         return full
 
@@ -299,7 +304,9 @@ class Scheduler:
             raise InvalidRequest("prompt", f"{tokens} tokens can never fit this worker's KV cache of {capacity} tokens")
 
     def _enter(self, job: Job, now_s: float, phase: Phase) -> _Sequence:
-        sequence = _Sequence(job, self._arrivals, now_s, phase, known=job.prompt_tokens)
+        sequence = _Sequence(
+            job, self._arrivals, now_s, phase, known=job.prompt_tokens, full_at=job.prompt_tokens + job.max_tokens
+        )
         self._arrivals += 1
         self._sequences[job.request_id] = sequence
         return sequence
@@ -332,12 +339,6 @@ class Scheduler:
             if sequence.phase is Phase.RUNNING and self._grow(sequence):
                 chosen.append((sequence, 1))
         return chosen
-
-    def _hold(self, sequence: _Sequence, tokens: int) -> None:
-        """Takes the pages that ``tokens`` tokens need; a run has made sure that they are free."""
-        missing = self.pool.pages_for(tokens) - len(sequence.pages)
-        if missing > 0:
-            sequence.pages += self.pool.take(missing)
 
     def _grow(self, sequence: _Sequence) -> bool:
         """Gives a decode the page of its next token, from others if it must; False when it was itself preempted."""

@@ -56,9 +56,16 @@ class Replica:
     """A worker that computes one step at a time. ``version`` changes whenever a planned end of step is void."""
 
     def __init__(
-        self, name: str, cost: CostModel, limits: EngineLimits, kv_tokens: int, timeline: Timeline, listener: Listener,
-        *, fast: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        cost: CostModel,
+        limits: EngineLimits,
+        *,
+        kv_tokens: int,
+        timeline: Timeline,
+        listener: Listener,
+        fast: bool = True,
+    ) -> None:
         self.name, self.cost, self.limits = name, cost, limits
         self.pool = PagePool(max(1, kv_tokens // limits.page_tokens), limits.page_tokens)
         self.scheduler = Scheduler(

@@ -351,7 +351,15 @@ class _Simulation:
     def _worker(self, role: Role, spec: Pool) -> Replica:
         kv_tokens = spec.cost.kv_tokens() // spec.stages
         name = f"{role}-{len(self._made):04d}"
-        worker = Replica(name, spec.cost, spec.limits, kv_tokens, self._timeline, self, fast=self._fast)
+        worker = Replica(
+            name,
+            spec.cost,
+            spec.limits,
+            kv_tokens=kv_tokens,
+            timeline=self._timeline,
+            listener=self,
+            fast=self._fast,
+        )
         self._made.append(worker)
         return worker
 
