@@ -1,0 +1,112 @@
+"""Codecs on arbitrary bit patterns and arbitrary bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.layout import KVLayout
+from kvtransfer.arena import HostMemory
+from kvtransfer.codecs import CodecError, make_codec
+
+layouts = st.builds(
+    KVLayout,
+    model=st.just("m"),
+    layers=st.just(1),
+    kv_heads=st.integers(1, 4),
+    head_dim=st.sampled_from([1, 2, 8, 31, 64, 80, 96, 128]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+
+
+@st.composite
+def blocks(draw, *, finite: bool = False):
+    """A layout with keys and values of random bits, of repeated bits, or of KV-like values."""
+    layout = draw(layouts)
+    count = draw(st.integers(1, 40))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    shape = (2, count, layout.kv_heads, layout.head_dim)
+    word, signed, dtype = (
+        (np.uint32, np.int32, torch.float32) if layout.dtype == "float32" else (np.uint16, np.int16, torch.bfloat16)
+    )
+    kind = draw(st.sampled_from(["normal", "tiny", "huge"] if finite else ["bits", "same", "normal", "strided"]))
+    if kind in ("bits", "same"):
+        bits = random.integers(0, np.iinfo(word).max, size=shape if kind == "bits" else (1,), dtype=word, endpoint=True)
+        both = torch.from_numpy(np.broadcast_to(bits, shape).copy().view(signed)).view(dtype)
+    else:
+        scale = {"normal": 1.0, "strided": 1.0, "tiny": 1e-40, "huge": 1e37}[kind]
+        both = torch.from_numpy(random.standard_normal(shape) * scale).to(dtype)
+    if kind == "strided":  # as gathered from pages, or a slice of something larger
+        both = both.repeat_interleave(2, dim=1)[:, ::2]
+    return layout, both[0], both[1]
+
+
+def encode(name, layout, keys, values):
+    codec = make_codec(name, layout)
+    bound = codec.bound(keys.shape[0])
+    memory = HostMemory(bound + 64)
+    memory.view(bound, 64)[:] = b"\xa5" * 64
+    nbytes = codec.encode(keys, values, memory.view(0, bound))
+    assert 0 < nbytes <= bound
+    assert bytes(memory.view(bound, 64)) == b"\xa5" * 64
+    return codec, memory.view(0, nbytes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(blocks(), st.sampled_from(["raw", "lossless"]))
+def test_exact_codecs_return_every_bit(block, name):
+    layout, keys, values = block
+    codec, data = encode(name, layout, keys, values)
+    word = torch.int32 if layout.dtype == "float32" else torch.int16
+    for got, want in zip(codec.decode(data, keys.shape[0]), (keys, values), strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got.contiguous().view(word), want.contiguous().view(word))
+
+
+@settings(max_examples=150, deadline=None)
+@given(blocks(finite=True))
+def test_int8_stays_within_half_a_step(block):
+    layout, keys, values = block
+    codec, data = encode("int8", layout, keys, values)
+    group = next(size for size in range(min(64, layout.head_dim), 0, -1) if layout.head_dim % size == 0)
+    rounding = 2.0**-8 if layout.dtype == "bfloat16" else 2.0**-22
+    for got, want in zip(codec.decode(data, keys.shape[0]), (keys, values), strict=True):
+        exact = want.double().reshape(-1, group)
+        largest = exact.abs().amax(dim=1, keepdim=True)
+        step = largest / 127 * (1 + 2.0**-7) + 2.0**-133  # one bfloat16 step above, the last one subnormal
+        error = (got.double().reshape(-1, group) - exact).abs()
+        assert bool((error <= step / 2 + largest * rounding).all())
+
+
+@settings(max_examples=200, deadline=None)
+@given(blocks(), st.sampled_from(["raw", "lossless", "int8"]), st.data())
+def test_mutilated_bytes_are_refused_or_decode_to_the_right_shape(block, name, data):
+    layout, keys, values = block
+    count = keys.shape[0]
+    try:
+        codec, body = encode(name, layout, keys, values)
+    except CodecError:
+        return  # int8 and values that are not finite
+    mutilated = bytearray(body)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, min(len(mutilated) - 1, 40) if name == "lossless" else len(mutilated) - 1))
+        mutilated[at] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, 8))
+    mutilated = mutilated[: len(mutilated) - cut] + data.draw(st.binary(max_size=8))
+    try:
+        decoded = codec.decode(memoryview(mutilated), count)
+    except CodecError:
+        return
+    assert [tensor.shape for tensor in decoded] == [keys.shape] * 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(layouts, st.integers(1, 40), st.sampled_from(["raw", "lossless", "int8"]), st.binary(max_size=300))
+def test_arbitrary_bytes_never_crash_a_decoder(layout, count, name, body):
+    try:
+        keys, values = make_codec(name, layout).decode(memoryview(bytearray(body)), count)
+    except CodecError:
+        return
+    assert keys.shape == values.shape == (count, layout.kv_heads, layout.head_dim)
