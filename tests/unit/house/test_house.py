@@ -1,4 +1,4 @@
-"""The house rules that no other tool checks: what is importable, installed and generated, and that links lead somewhere."""
+"""House rules that no other tool checks: what is importable, installed, generated, and that links lead somewhere."""
 
 from __future__ import annotations
 
