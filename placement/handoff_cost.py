@@ -3,14 +3,17 @@
     b    bytes of one token's KV            n    prompt tokens           L    layers
     e    raw bytes encoded per second       d    raw bytes decoded and landed per second
     w    wire bytes per second              r    compression ratio       a    seconds before the first byte moves
+    oe, ow, od    seconds that a layer costs in each stage whatever its size (calls, digests, one round trip)
 
-With V = n b bytes, nothing overlapped: T = a + V/e + V/(r w) + V/d.
+With V = n b bytes, the three stages take
 
-Layers leave while the next one computes, so each of the three stages sees L pieces, one every P/L seconds, where P is
-the prefill's time. The slowest stage takes m = max(V/e, V/(r w), V/d) in all and falls behind by (m - P)(1 - 1/L) if
-it is slower than prefill; the last layer then still passes all three:
+    T_e = L oe + V/e      T_w = L ow + V/(r w)      T_d = L od + V/d      and T = a + T_e + T_w + T_d
 
-    T_exposed = a + (V/e + V/(r w) + V/d)/L + max(0, m - P)(1 - 1/L)   <=  T
+when nothing overlaps. Layers leave while the next one computes, so each stage sees L pieces, one every P/L seconds,
+where P is the prefill's time. The slowest stage, m = max(T_e, T_w, T_d), falls behind by (m - P)(1 - 1/L) if it is
+slower than prefill; the last layer then still passes all three:
+
+    T_exposed = a + (T_e + T_w + T_d)/L + max(0, m - P)(1 - 1/L)   <=  T
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ class HandoffCost:
     decode_bytes_per_s: float = math.inf
     ratio: float = 1.0
     latency_s: float = 0.0
+    encode_layer_s: float = 0.0
+    wire_layer_s: float = 0.0
+    decode_layer_s: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("wire_bytes_per_s", "encode_bytes_per_s", "decode_bytes_per_s", "ratio", "layers"):
@@ -41,7 +47,11 @@ class HandoffCost:
     def stages_s(self, tokens: int) -> tuple[float, float, float]:
         """Seconds of encode, wire and landing of ``tokens``."""
         raw = tokens * self.token_bytes
-        return raw / self.encode_bytes_per_s, raw / (self.ratio * self.wire_bytes_per_s), raw / self.decode_bytes_per_s
+        return (
+            self.layers * self.encode_layer_s + raw / self.encode_bytes_per_s,
+            self.layers * self.wire_layer_s + raw / (self.ratio * self.wire_bytes_per_s),
+            self.layers * self.decode_layer_s + raw / self.decode_bytes_per_s,
+        )
 
     def serial_s(self, tokens: int) -> float:
         """T above; 0 for no tokens."""

@@ -153,7 +153,7 @@ class TableKernels:
         unsure = np.stack([estimate.extrapolated for estimate in estimates])
         seconds = np.stack([estimate.seconds for estimate in estimates])
         seconds = np.where(unsure & ~unsure.all(axis=0), np.inf, seconds)  # measured before extrapolated
-        return Estimate(seconds.min(axis=0), unsure.all(axis=0))
+        return Estimate(seconds.min(axis=0), np.logical_and.reduce(unsure))
 
     def _floor(self, estimate: Estimate, flops: Floats) -> Estimate:
         return Estimate(np.maximum(estimate.seconds, flops / self.roofline.peak), estimate.extrapolated)
