@@ -223,7 +223,7 @@ class Scheduler:
             steps = sequence.full_at - known if sequence.full_at - known < steps else steps
             if sequence.scheduled_s is None:
                 fresh.append(sequence)
-        steps = min(steps, _steps_until_full(slacks, self.pool.free))
+        steps = _steps_until_full(slacks, self.pool.free, steps)
         if steps <= 0:
             return None
         for sequence in growing:
@@ -380,19 +380,19 @@ def _insert(queue: list[_Sequence], sequence: _Sequence) -> None:
     bisect.insort(queue, sequence, key=lambda s: s.rank)
 
 
-def _steps_until_full(slacks: list[int], free: int) -> int:
-    """Steps for which ``free`` pages last; ``slacks[n]`` sequences have room for n more tokens in their last page.
+def _steps_until_full(slacks: list[int], free: int, wanted: int) -> int:
+    """Steps, at most ``wanted``, for which ``free`` pages last; ``slacks[n]`` sequences have room for n more tokens in their last page.
 
     Every ``page_tokens`` steps each sequence takes one page, so whole rounds are divided out first.
     """
     page_tokens = len(slacks) - 1
     rounds, left = divmod(free, sum(slacks))
     steps = rounds * page_tokens
-    for step in range(page_tokens):
+    for step in range(min(page_tokens, wanted - steps)):
         left -= slacks[step]
         if left < 0:
             return steps + step
-    return steps + page_tokens
+    return min(wanted, steps + page_tokens)
 
 
 def _slice(sequence: _Sequence, count: int) -> Slice:

@@ -74,6 +74,15 @@ class Workload:
     def first(self, requests: int) -> Workload:
         return replace(self, arrivals=self.arrivals[:requests])
 
+    def lasting(self, requests: int) -> Workload:
+        """The first ``requests``, the whole repeated as often as that takes."""
+        if requests <= len(self.arrivals):
+            return self.first(requests)
+        period_s = self.span_s * len(self.arrivals) / max(1, len(self.arrivals) - 1)
+        rounds = -(-requests // len(self.arrivals))
+        repeated = (replace(a, at_s=a.at_s + n * period_s) for n in range(rounds) for a in self.arrivals)
+        return replace(self, arrivals=tuple(repeated)[:requests])
+
     def of(self, arrivals: Sequence[Arrival]) -> Workload:
         """``arrivals`` under this name, moved so that the first comes at 0 s."""
         if not arrivals:
