@@ -1,0 +1,127 @@
+"""Goodput: the highest request rate at which the wanted share of requests meets TTFT and TPOT, each request both.
+
+Rates lie on a geometric grid, so that two goodputs are equal or differ by at least one step of ``RATE_STEP``; whether
+a rate is met is one simulation, which ends early when it is not. The search for the last rate that is met assumes that
+a cluster that fails at one rate fails at every higher one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from placement.cost import StepShape
+from placement.outcome import Outcome, Slo
+from placement.replica import EngineLimits
+from placement.simulator import Cluster, Pool, simulate
+from placement.workload import Workload
+
+RATE_STEP = 1.02
+UNMET = -(10**6)  # the grid index of a cluster that meets its SLO at no rate
+LOWEST_RATE = 1e-3
+HIGHEST_RATE = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """A cost model that costs nothing, in place of the phase that is not looked at."""
+
+    gpus: int = 0
+
+    def step_s(self, step: StepShape) -> float:
+        return 0.0
+
+    def transfer_s(self, tokens: int) -> float:
+        return 0.0
+
+    def exposed_transfer_s(self, tokens: int) -> float:
+        return 0.0
+
+    def kv_tokens(self) -> int:
+        return 1 << 26
+
+
+_UNLIMITED = EngineLimits(page_tokens=1 << 10, step_tokens=1 << 30, max_running=1 << 20, max_waiting=1 << 20)
+INSTANT = Pool(Instant(), 1, _UNLIMITED)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What every candidate of one search is tried with: the first ``requests`` of a workload, at any rate."""
+
+    workload: Workload
+    slo: Slo
+    requests: int
+
+    def run(self, cluster: Cluster, rate: float, *, give_up: bool = False) -> Outcome:
+        arrivals = self.workload.lasting(self.requests).at_rate(rate).arrivals
+        return simulate(cluster, arrivals, give_up=self.slo if give_up else None)
+
+    def meets(self, cluster: Cluster, rate: float) -> bool:
+        outcome = self.run(cluster, rate, give_up=True)
+        return not outcome.gave_up and outcome.attainment(self.slo).joint >= self.slo.attainment - 1e-12
+
+    def of_prefill(self) -> Trial:
+        """Only the first token counts."""
+        return replace(self, slo=replace(self.slo, tpot_s=math.inf))
+
+    def of_decode(self) -> Trial:
+        """Only the gaps between tokens count."""
+        return replace(self, slo=replace(self.slo, ttft_s=math.inf))
+
+
+def rate_at(step: int) -> float:
+    """Requests per second of a grid index; 0 for :data:`UNMET`."""
+    return 0.0 if step <= UNMET else RATE_STEP**step
+
+
+def step_below(rate: float) -> int:
+    """The highest grid index whose rate is at most ``rate``."""
+    return math.floor(math.log(rate) / math.log(RATE_STEP) + 1e-9)
+
+
+def climb(meets: Callable[[float], bool], *, above: int = UNMET, guess: float = 1.0) -> int:
+    """The highest grid index that is met, if it lies above ``above``; else ``above``.
+
+    One test suffices to turn down a candidate that does not beat the best one so far.
+    """
+    low, stride = above, 16
+    probe = above + 1 if above > UNMET else step_below(guess)
+    while meets(rate_at(probe)):
+        low, probe = probe, probe + stride
+        stride *= 2
+        if rate_at(probe) > HIGHEST_RATE:
+            return low
+    high = probe
+    if low == above:
+        if above > UNMET:
+            return above
+        low, high = _descend(meets, probe)
+    while low > UNMET and high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if meets(rate_at(middle)) else (low, middle)
+    return low
+
+
+def _descend(meets: Callable[[float], bool], failed: int) -> tuple[int, int]:
+    """An index that is met below one that is not, and the lowest that is known not to be."""
+    stride = 16
+    while rate_at(failed - stride) >= LOWEST_RATE:
+        if meets(rate_at(failed - stride)):
+            return failed - stride, failed
+        failed -= stride
+        stride *= 2
+    return UNMET, failed
+
+
+def prefill_alone(pool: Pool, trial: Trial, *, guess: float = 1.0) -> int:
+    """Goodput of prefill workers whose KV vanishes as soon as it is there."""
+    cluster, only = Cluster(decode=INSTANT, prefill=pool), trial.of_prefill()
+    return climb(lambda rate: only.meets(cluster, rate), guess=guess)
+
+
+def decode_alone(pool: Pool, trial: Trial, *, guess: float = 1.0) -> int:
+    """Goodput of decode workers to which prompts come prefilled at once."""
+    cluster, only = Cluster(decode=pool, prefill=INSTANT), trial.of_decode()
+    return climb(lambda rate: only.meets(cluster, rate), guess=guess)
