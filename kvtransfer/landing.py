@@ -177,22 +177,29 @@ class Puller:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while (job := self._wanted.get()) is not None:
-            block, landing = job
-            if self._stopped or landing.gate.closed:
-                continue
-            region = self._pool.take(block.nbytes, timeout_s=self._stall_s)
-            if region is None:
-                landing.fail(f"no landing buffer became free within {self._stall_s:g} s")
-                continue
-            started = time.monotonic()
-            try:
-                self._source.fetch(block.offset, block.nbytes, region.offset, self._stall_s)
-            except FetchLost as error:
-                self._give_up(region, error)
-                continue
-            now = time.monotonic()
-            self._lander.put(Fetched(block, landing, region, now - started, now))
+        try:
+            while (job := self._wanted.get()) is not None:
+                block, landing = job
+                if not self._stopped and not landing.gate.closed:
+                    self._pull(block, landing)
+        except Exception as error:
+            log.exception("pulling from a peer failed")
+            self._stopped = True
+            self._on_broken(f"cannot pull: {error}")
+
+    def _pull(self, block: Block, landing: Landing) -> None:
+        region = self._pool.take(block.nbytes, timeout_s=self._stall_s)
+        if region is None:
+            landing.fail(f"no landing buffer became free within {self._stall_s:g} s")
+            return
+        started = time.monotonic()
+        try:
+            self._source.fetch(block.offset, block.nbytes, region.offset, self._stall_s)
+        except FetchLost as error:
+            self._give_up(region, error)
+            return
+        now = time.monotonic()
+        self._lander.put(Fetched(block, landing, region, now - started, now))
 
     def _give_up(self, region: Region, error: FetchLost) -> None:
         if error.ended is None:

@@ -205,8 +205,11 @@ class _Transfer:
             return True
 
     def _release(self) -> None:
-        self._agent.nixl.releaseXferReq(self._handle)
-        self._handle = None
+        handle, self._handle = self._handle, None
+        try:
+            self._agent.nixl.releaseXferReq(handle)
+        except self._errors as error:
+            log.warning("nixl keeps a finished transfer: %s", error)
 
 
 def _errors(b: Any) -> tuple[type[Exception], ...]:
