@@ -15,9 +15,11 @@ tokens [a, z) is what its end adds, w(z) - w(a): chunks then sum to their prompt
 
     T_prefill = max( max_i u(z_i) - u(a_i) + u(1),   u(1) + sum_i w(z_i) - w(a_i),   sum_i z_i V / v )
 
-the slowest alone, all together, or reading the KV of all of them. Decode attention is read off at B and C/B: it is
-bound by the C tokens' KV, so that only the sum matters. Everything is tabulated once per replica, so a step costs a
-few list look-ups; between look-up nodes (octaves) the interpolation is linear, as T_memory is.
+the slowest alone, all together, or reading the KV of all of them. Decode attention is read off at B contexts of C/B:
+it is bound by the C tokens' KV, so that the sum says nearly all. It rises in B at one mean and in C at one B; a decode
+that is much shorter than the mean can make a step cheaper, by two percent at most, because few long contexts fill an
+accelerator worse than many short ones. Everything is tabulated once per replica, so a step costs a few list look-ups;
+between look-up nodes (octaves) the interpolation is linear, as T_memory is.
 """
 
 from __future__ import annotations
@@ -235,11 +237,11 @@ class GpuReplica:
     def _tabulate_decode(self, kernels: Kernels) -> tuple[list[list[float]], list[list[bool]]]:
         """[batch octave][context octave] of all layers, and which cells touch an estimate that is extrapolated."""
         batches, contexts = 2.0 ** np.arange(BATCH_OCTAVES + 1), 2.0 ** np.arange(CONTEXT_TOKENS.bit_length())
-        mesh = np.meshgrid(batches, contexts, indexing="ij")
-        estimate = kernels.decode_attention(mesh[0].ravel(), mesh[1].ravel(), self._heads)
-        seconds = estimate.seconds.reshape(mesh[0].shape)
+        batch, context = np.meshgrid(batches, contexts, indexing="ij")
+        estimate = kernels.decode_attention(batch.ravel(), context.ravel(), self._heads)
+        seconds = estimate.seconds.reshape(batch.shape)
         seconds = np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
-        unsure = estimate.extrapolated.reshape(mesh[0].shape)
+        unsure = estimate.extrapolated.reshape(batch.shape)
         cells = unsure[:-1, :-1] | unsure[1:, :-1] | unsure[:-1, 1:] | unsure[1:, 1:]
         return (self.shape.layers * seconds).tolist(), cells.tolist()
 
