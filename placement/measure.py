@@ -29,8 +29,8 @@ DECODE_STEPS = 4  # of one batch: the first is dropped (cold pages), the median 
 CHUNKS = (512, 256, 128, 64, 16)
 PROMPTS = (1, 2, 4, 8, 12, 24, 48, 96, 160, 200, 300, 400)
 PACKED = ((2, 200), (4, 100), (8, 50), (16, 25))  # prompts per step, tokens each
-BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-CONTEXTS = (24, 160, 480, 1000, 1800)
+BATCHES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+CONTEXTS = (24, 160, 600, 1800)
 MIXED = ((2, 900, 100), (4, 300, 250), (8, 600, 400), (16, 300, 200), (32, 160, 350), (48, 300, 60))
 RAGGED = (4, 8, 16, 32)  # decodes whose contexts spread from RAGGED_SPAN[0] to RAGGED_SPAN[1]
 RAGGED_SPAN = (32, 1000)
@@ -47,7 +47,7 @@ class Scenario:
     contexts: tuple[int, ...]
 
 
-def scenarios(*, max_context: int, kv_tokens: int, max_running: int) -> list[Scenario]:
+def scenarios(*, max_context: int, kv_tokens: int, page_tokens: int, max_running: int) -> list[Scenario]:
     """The grid, without what does not fit the engine."""
     longest = max_context - DECODE_STEPS - 2
     most = max(CHUNKS)
@@ -57,7 +57,7 @@ def scenarios(*, max_context: int, kv_tokens: int, max_running: int) -> list[Sce
     decodes = [Scenario(most, (), (context,) * batch) for batch in BATCHES for context in CONTEXTS]
     decodes += [Scenario(most, (), _spread(batch)) for batch in RAGGED]
     mixed = [Scenario(most, (prompt,), (context,) * batch) for batch, context, prompt in MIXED]
-    room = kv_tokens - 64 * (DECODE_STEPS + 2)
+    room = kv_tokens - 64 * (DECODE_STEPS + 2 + page_tokens)
     return [
         s
         for s in (*prefills, *decodes, *mixed)
@@ -76,21 +76,33 @@ def measure_steps(
     model: Model, pool: PoolConfig, max_context: int, progress: Progress
 ) -> tuple[tuple[Observation, ...], bool]:
     """One observation per distinct shape, and whether all rounds were done: Ctrl-C keeps what was measured."""
-    grid = scenarios(max_context=max_context, kv_tokens=pool.kv_tokens, max_running=pool.max_running)
+    grid = scenarios(
+        max_context=max_context, kv_tokens=pool.kv_tokens, page_tokens=pool.page_tokens, max_running=pool.max_running
+    )
     budgets = {s.step_tokens for s in grid}
-    engines = {b: build_engine(model, pool.model_copy(update={"step_tokens": b}), max_context) for b in budgets}
+    pools = {budget: _pool(pool, budget, grid, max_context) for budget in budgets}
+    engines = {budget: build_engine(model, own, max_context) for budget, own in pools.items()}
     seen: dict[StepShape, list[float]] = {}
     order = [scenario for round_ in range(ROUNDS) for scenario in random.Random(round_).sample(grid, len(grid))]
     complete = True
     try:
         for _ in range(2):  # the first steps pay for memory and thread pools
-            _measure(engines[max(budgets)], pool, Scenario(max(budgets), (min(64, max_context // 2),), ()), {})
+            _measure(
+                engines[max(budgets)], pools[max(budgets)], Scenario(max(budgets), (min(64, max_context // 2),), ()), {}
+            )
         for done, scenario in enumerate(order):
             progress(_describe(scenario), done / len(order))
-            _measure(engines[scenario.step_tokens], pool, scenario, seen)
+            _measure(engines[scenario.step_tokens], pools[scenario.step_tokens], scenario, seen)
     except KeyboardInterrupt:
         complete = False
     return tuple(_observation(shape, times) for shape, times in seen.items()), complete
+
+
+def _pool(pool: PoolConfig, step_tokens: int, grid: Sequence[Scenario], max_context: int) -> PoolConfig:
+    """``pool`` with this budget and no more KV than its scenarios need: several engines are held at once."""
+    most = max(sum(s.prompts) + sum(s.contexts) for s in grid if s.step_tokens == step_tokens)
+    kv_tokens = min(pool.kv_tokens, max(max_context, most + 64 * (DECODE_STEPS + 2 + pool.page_tokens)))
+    return pool.model_copy(update={"step_tokens": step_tokens, "kv_tokens": kv_tokens})
 
 
 def _describe(scenario: Scenario) -> str:

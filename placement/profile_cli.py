@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,9 +36,8 @@ def profile(
     """Measure engine steps, codecs and the wire on this machine (some minutes; Ctrl-C keeps what was measured)."""
     settings = load(config).with_flags({"model.id": model, "model.dtype": dtype, "handoff.transport": transport})
     threads = threads or settings.decode.threads or (os.cpu_count() or 1)
-    with _progress() as bar:
-        task = bar.add_task("loading the model", total=1.0)
-        measured = run(settings, threads, lambda what, part: bar.update(task, description=what, completed=part))
+    with _reporter() as report:
+        measured = run(settings, threads, report)
     measured.save(output)
     _summary(measured, output)
     if not measured.complete:
@@ -109,9 +109,24 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _progress() -> Progress:
+@contextlib.contextmanager
+def _reporter() -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal, else a line for each tenth."""
+    if not console.is_terminal:
+        told: dict[int, None] = {}
+
+        def line(what: str, part: float) -> None:
+            tenth = int(10 * part)
+            if tenth not in told:
+                told[tenth] = None
+                console.print(f"{10 * tenth:3} %  {what}")
+
+        yield line
+        return
     columns = (TextColumn("{task.description:44}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("loading the model", total=1.0)
+        yield lambda what, part: bar.update(task, description=what, completed=part)
 
 
 def _summary(measured: Profile, output: Path) -> None:
