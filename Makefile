@@ -42,7 +42,7 @@ demo: setup ## start a local cluster, stream one answer with its stage ledger, s
 	@$(BIN)/baton model pull
 	@$(BIN)/baton up --name demo; \
 	trap '$(BIN)/baton down --name demo' EXIT; \
-	$(BIN)/baton generate --name demo --max-tokens 64 "$(PROMPT)"
+	$(BIN)/baton generate --name demo --max-tokens 64 --temperature 0 "$(PROMPT)"
 
 bench: setup ## load on a running cluster; BENCH='--rate 2 ...' sets the options
 	$(BIN)/python -m bench.goodput $(BENCH)
