@@ -13,6 +13,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from baton.config import PoolConfig
 from baton.request import Sampling, TokenEvent, Work
@@ -36,6 +39,7 @@ RAGGED = (4, 8, 16, 32)  # decodes whose contexts spread from RAGGED_SPAN[0] to 
 RAGGED_SPAN = (32, 1000)
 
 Progress = Callable[[str, float], None]
+Clock = Literal["wall", "cpu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +76,18 @@ def _spread(batch: int) -> tuple[int, ...]:
     return tuple(low + (high - low) * i // (batch - 1) for i in range(batch))
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    observations: tuple[Observation, ...]  # one per distinct shape
+    complete: bool  # False when Ctrl-C cut the rounds short
+    cpu_share: float  # CPU seconds over wall seconds and threads; well below 1 says that others used the cores
+
+
 def measure_steps(
-    model: Model, pool: PoolConfig, max_context: int, progress: Progress
-) -> tuple[tuple[Observation, ...], bool]:
-    """One observation per distinct shape, and whether all rounds were done: Ctrl-C keeps what was measured."""
+    model: Model, pool: PoolConfig, max_context: int, progress: Progress, *, rounds: int = ROUNDS, clock: Clock = "wall"
+) -> Steps:
+    """Runs the grid ``rounds`` times. ``clock`` "cpu" times the process's CPU seconds: on a machine that others use,
+    with one thread, they come closer to what a step takes than the wall does."""
     grid = scenarios(
         max_context=max_context, kv_tokens=pool.kv_tokens, page_tokens=pool.page_tokens, max_running=pool.max_running
     )
@@ -83,19 +95,35 @@ def measure_steps(
     pools = {budget: _pool(pool, budget, grid, max_context) for budget in budgets}
     engines = {budget: build_engine(model, own, max_context) for budget, own in pools.items()}
     seen: dict[StepShape, list[float]] = {}
-    order = [scenario for round_ in range(ROUNDS) for scenario in random.Random(round_).sample(grid, len(grid))]
-    complete = True
+    order = [scenario for round_ in range(rounds) for scenario in random.Random(round_).sample(grid, len(grid))]
+    complete, watch = True, _Watch(clock)
     try:
         for _ in range(2):  # the first steps pay for memory and thread pools
-            _measure(
-                engines[max(budgets)], pools[max(budgets)], Scenario(max(budgets), (min(64, max_context // 2),), ()), {}
-            )
+            warm = Scenario(max(budgets), (min(64, max_context // 2),), ())
+            _measure(engines[max(budgets)], pools[max(budgets)], warm, {}, watch)
         for done, scenario in enumerate(order):
             progress(_describe(scenario), done / len(order))
-            _measure(engines[scenario.step_tokens], pools[scenario.step_tokens], scenario, seen)
+            _measure(engines[scenario.step_tokens], pools[scenario.step_tokens], scenario, seen, watch)
     except KeyboardInterrupt:
         complete = False
-    return tuple(_observation(shape, times) for shape, times in seen.items()), complete
+    observations = tuple(_observation(shape, times) for shape, times in seen.items())
+    return Steps(observations, complete, watch.cpu_s / max(watch.wall_s, 1e-9) / torch.get_num_threads())
+
+
+class _Watch:
+    """Times one call after the other by the clock asked for, and adds up both."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.wall_s = self.cpu_s = 0.0
+
+    def time_s(self, work: Callable[[], object]) -> float:
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
+        self.cpu_s += cpu_s
+        self.wall_s += wall_s
+        return cpu_s if self._clock == "cpu" else wall_s
 
 
 def _pool(pool: PoolConfig, step_tokens: int, grid: Sequence[Scenario], max_context: int) -> PoolConfig:
@@ -117,7 +145,9 @@ def _observation(shape: StepShape, times: Sequence[float]) -> Observation:
     return Observation(shape, middle, (quartiles[2] - quartiles[0]) / middle, len(times))
 
 
-def _measure(engine: Engine, pool: PoolConfig, scenario: Scenario, seen: dict[StepShape, list[float]]) -> None:
+def _measure(
+    engine: Engine, pool: PoolConfig, scenario: Scenario, seen: dict[StepShape, list[float]], watch: _Watch
+) -> None:
     """Runs the scenario to the end of its prefill, or DECODE_STEPS steps, and files each step's time by its shape."""
     twin = Scheduler(
         PagePool(pool.kv_tokens // pool.page_tokens, pool.page_tokens),
@@ -130,9 +160,7 @@ def _measure(engine: Engine, pool: PoolConfig, scenario: Scenario, seen: dict[St
     try:
         while len(times) < DECODE_STEPS if not scenario.prompts else twin.waiting_tokens:
             slices = twin.schedule(0.0)
-            started = time.perf_counter()
-            engine.step()
-            times.append((_shape(slices), time.perf_counter() - started))
+            times.append((_shape(slices), watch.time_s(engine.step)))
             twin.advance(slices, 0.0)
     finally:
         for work in works:

@@ -86,6 +86,8 @@ class Profile:
     token_bytes: int
     page_tokens: int
     complete: bool
+    clock: str  # "wall" or "cpu": which seconds ``steps`` hold
+    cpu_share: float  # of the cores that the steps' threads had; see ``placement.measure.Steps``
     steps: tuple[Observation, ...]
     codecs: Mapping[str, CodecSpeed]
     wires: Mapping[str, Speed]  # transport -> between two processes of this machine, of wire bytes

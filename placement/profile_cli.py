@@ -15,11 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from baton.config import CODECS, Config, load
+from baton.errors import ConfigError
 from placement.profile import LEAST_STEPS, Machine, Profile, StepFit, held_out
 from placement.tables import Tables
 
 if TYPE_CHECKING:
     from engine.model import Model
+    from placement.measure import Clock
+
+BUSY = 0.85  # below it the machine was not ours alone
 
 console = Console(stderr=True)
 
@@ -32,12 +36,16 @@ def profile(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: what suits this machine.")] = None,
     threads: Annotated[int, typer.Option(help="Torch threads of one worker; 0 takes the configuration's.")] = 0,
     transport: Annotated[str | None, typer.Option(help="nixl or tcp; default: the configuration's.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every shape is measured.")] = 3,
+    busy: Annotated[bool, typer.Option(help="Time CPU seconds: for one thread on a machine that others use.")] = False,
 ) -> None:
     """Measure engine steps, codecs and the wire on this machine (some minutes; Ctrl-C keeps what was measured)."""
     settings = load(config).with_flags({"model.id": model, "model.dtype": dtype, "handoff.transport": transport})
+    if busy and threads != 1:
+        raise ConfigError("CPU seconds stand for time only with --threads 1", field="threads")
     threads = threads or settings.decode.threads or (os.cpu_count() or 1)
     with _reporter() as report:
-        measured = run(settings, threads, report)
+        measured = run(settings, threads, report, rounds=rounds, clock="cpu" if busy else "wall")
     measured.save(output)
     _summary(measured, output)
     if not measured.complete:
@@ -58,7 +66,9 @@ def convert_tables(
             print(f"{name:24} {error}")
 
 
-def run(settings: Config, threads: int, progress: Callable[[str, float], None]) -> Profile:
+def run(
+    settings: Config, threads: int, progress: Callable[[str, float], None], *, rounds: int, clock: Clock
+) -> Profile:
     """The whole measurement: codecs and wire first (seconds), then steps until done or interrupted."""
     from engine import hub
     from engine.build import load_model
@@ -74,7 +84,7 @@ def run(settings: Config, threads: int, progress: Callable[[str, float], None]) 
     wire: str = settings.handoff.transport
     progress(f"{wire} between two processes", 0.0)
     wires = {wire: measure_wire(wire, settings.handoff.ucx_tls)}
-    steps, complete = measure_steps(model, settings.decode, max_context, progress)
+    steps = measure_steps(model, settings.decode, max_context, progress, rounds=rounds, clock=clock)
     layout = model.layout
     return Profile(
         machine=_machine(model),
@@ -86,8 +96,10 @@ def run(settings: Config, threads: int, progress: Callable[[str, float], None]) 
         layers=layout.layers,
         token_bytes=layout.token_bytes,
         page_tokens=settings.decode.page_tokens,
-        complete=complete,
-        steps=steps,
+        complete=steps.complete,
+        clock=clock,
+        cpu_share=steps.cpu_share,
+        steps=steps.observations,
         codecs=codecs,
         wires=wires,
     )
@@ -135,6 +147,8 @@ def _summary(measured: Profile, output: Path) -> None:
     if len(measured.steps) < LEAST_STEPS:
         console.print(f"{len(measured.steps)} steps are too few for a fit of {LEAST_STEPS}")
         return
+    if not measured.machine.accelerator and measured.cpu_share < BUSY:
+        console.print(f"the steps had {measured.cpu_share:.0%} of their cores: others used this machine meanwhile")
     fit = StepFit.of(measured.steps)
     print(f"steps      {len(measured.steps)} shapes; held out: {held_out(measured.steps)}")
     print(f"decode     {1e3 * (fit.base_s + fit.decode_s + fit.rows_s(1)):.1f} ms for one, "

@@ -44,7 +44,9 @@ def _profile(noise: float = 0.0) -> Profile:
     steps = tuple(Observation(s, _true_s(s) * w, 0.1, 3) for s, w in zip(_shapes(), wobble, strict=False))
     codecs = {"raw": CodecSpeed(Speed(1e-4, 2e9), Speed(2e-4, 4e9), 1.0)}
     wires = {"tcp": Speed(5e-5, 1e9)}
-    return Profile(MACHINE, "2026-01-01", "m", "f", "float32", 2, 30, 46080, 16, True, steps, codecs, wires)
+    return Profile(
+        MACHINE, "2026-01-01", "m", "f", "float32", 2, 30, 46080, 16, True, "wall", 1.0, steps, codecs, wires
+    )
 
 
 REPLICA = ProfiledReplica(_profile(0.05), codec="raw", transport="tcp", kv_tokens=32768)
@@ -131,6 +133,6 @@ def test_what_was_not_measured_is_named() -> None:
         ProfiledReplica(_profile(), codec="int8", transport="tcp", kv_tokens=1)
     with pytest.raises(ConfigError, match=r"'nixl' was not measured; tcp were"):
         ProfiledReplica(_profile(), codec="raw", transport="nixl", kv_tokens=1)
-    few = Profile(MACHINE, "", "", "", "float32", 1, 1, 1, 1, False, (), {}, {})
+    few = Profile(MACHINE, "", "", "", "float32", 1, 1, 1, 1, False, "wall", 1.0, (), {}, {})
     with pytest.raises(ConfigError, match="a fit needs 40"):
         ProfiledReplica(few, codec="raw", transport="tcp", kv_tokens=1)
