@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from placement.cost import StepShape
 from placement.outcome import Outcome, Slo
@@ -81,12 +82,13 @@ def step_below(rate: float) -> int:
     return math.floor(math.log(rate) / math.log(RATE_STEP) + 1e-9)
 
 
-def climb(meets: Callable[[float], bool], *, above: int = UNMET, guess: float = 1.0) -> int:
+def climb(meets: Callable[[float], bool], *, above: int = UNMET, guess: float = 1.0, within: int = 1) -> int:
     """The highest grid index that is met, if it lies above ``above``; else ``above``.
 
-    One test suffices to turn down a candidate that does not beat the best one so far.
+    One test suffices to turn down a candidate that does not beat the best one so far. ``within`` grid steps of it
+    are close enough where the answer only ranks.
     """
-    low, stride = above, 16
+    low, stride = above, 8
     probe = above + 1 if above > UNMET else step_below(guess)
     while meets(rate_at(probe)):
         low, probe = probe, probe + stride
@@ -98,7 +100,7 @@ def climb(meets: Callable[[float], bool], *, above: int = UNMET, guess: float = 
         if above > UNMET:
             return above
         low, high = _descend(meets, probe)
-    while low > UNMET and high - low > 1:
+    while low > UNMET and high - low > within:
         middle = (low + high) // 2
         low, high = (middle, high) if meets(rate_at(middle)) else (low, middle)
     return low
@@ -106,7 +108,7 @@ def climb(meets: Callable[[float], bool], *, above: int = UNMET, guess: float = 
 
 def _descend(meets: Callable[[float], bool], failed: int) -> tuple[int, int]:
     """An index that is met below one that is not, and the lowest that is known not to be."""
-    stride = 16
+    stride = 8
     while rate_at(failed - stride) >= LOWEST_RATE:
         if meets(rate_at(failed - stride)):
             return failed - stride, failed
@@ -115,13 +117,41 @@ def _descend(meets: Callable[[float], bool], failed: int) -> tuple[int, int]:
     return UNMET, failed
 
 
-def prefill_alone(pool: Pool, trial: Trial, *, guess: float = 1.0) -> int:
+def prefill_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
     """Goodput of prefill workers whose KV vanishes as soon as it is there."""
     cluster, only = Cluster(decode=INSTANT, prefill=pool), trial.of_prefill()
-    return climb(lambda rate: only.meets(cluster, rate), guess=guess)
+    return climb(partial(only.meets, cluster), above=above, guess=_guess(pool, trial, 0.6, 0), within=within)
 
 
-def decode_alone(pool: Pool, trial: Trial, *, guess: float = 1.0) -> int:
+def decode_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
     """Goodput of decode workers to which prompts come prefilled at once."""
     cluster, only = Cluster(decode=pool, prefill=INSTANT), trial.of_decode()
-    return climb(lambda rate: only.meets(cluster, rate), guess=guess)
+    return climb(partial(only.meets, cluster), above=above, guess=_guess(pool, trial, 0, 0.8), within=within)
+
+
+def whole_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
+    """Goodput of workers that compute whole sequences."""
+    guess = _guess(pool, trial, 0.7, 0.8)
+    return climb(partial(trial.meets, Cluster(decode=pool)), above=above, guess=guess, within=within)
+
+
+def _guess(pool: Pool, trial: Trial, prefill_share: float, decode_share: float) -> float:
+    """Where to begin: the rate at which mean requests fill these shares of a worker's time, decoding at the TPOT."""
+    arrivals = trial.workload.first(trial.requests).arrivals[:200]
+    prompt = sum(a.prompt_tokens for a in arrivals) // len(arrivals)
+    output = sum(a.output_tokens for a in arrivals) / len(arrivals)
+    spent_s = 0.0
+    if prefill_share:
+        spent_s += pool.cost.step_s(StepShape(((0, prompt),), ())) / prefill_share
+    if decode_share:
+        batch, context = 1, prompt + int(output / 2)
+        most = max(1, min(pool.limits.max_running, pool.cost.kv_tokens() // pool.stages // max(1, context)))
+        step_s = pool.cost.step_s(StepShape((), (context,)))
+        while 2 * batch <= most and (longer_s := _decode_s(pool, 2 * batch, context)) <= trial.slo.tpot_s:
+            batch, step_s = 2 * batch, longer_s
+        spent_s += output * step_s / batch / decode_share
+    return pool.replicas * pool.stages / max(spent_s, 1e-6)
+
+
+def _decode_s(pool: Pool, batch: int, context: int) -> float:
+    return pool.cost.step_s(StepShape((), (context,) * batch))

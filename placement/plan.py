@@ -1,0 +1,268 @@
+"""A plan: the pools to deploy, what they are predicted to do, and why it is these.
+
+The explanation is counterfactual: what binds is what, given more of, would raise the goodput most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import yaml
+
+from baton import config
+from placement.cost import CostModel, StepShape
+from placement.goodput import Trial, rate_at, step_below
+from placement.outcome import Attainment, End, Slo
+from placement.search import Affinity, Composition, Found, Mapper, Scored, Way, improve, resplit
+
+CURVE = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # rates over goodput
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    replicas: int
+    tp: int
+    pp: int
+    page_tokens: int
+    step_tokens: int
+    max_running: int
+    max_waiting: int
+    kv_tokens: int
+
+    @classmethod
+    def of(cls, way: Way, replicas: int) -> PoolPlan:
+        limits = way.limits
+        return cls(
+            replicas, way.tp, way.pp, limits.page_tokens, limits.step_tokens, limits.max_running, limits.max_waiting,
+            way.cost.kv_tokens(),
+        )  # fmt: skip
+
+    @property
+    def gpus(self) -> int:
+        return self.replicas * self.tp * self.pp
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What the whole plan does at ``rate``. Busy: mean share of time in steps, per pool."""
+
+    rate: float
+    attainment: Attainment
+    ttft_p90_s: float
+    tpot_p90_s: float
+    prefill_busy: float
+    decode_busy: float
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    title: str
+    gpus: int
+    goodput: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``cells`` independent clusters of these pools (one unless ``affinity`` is high). Rates in requests per second."""
+
+    model: str
+    hardware: str
+    workload: str
+    requests: int
+    max_context: int
+    slo: Slo
+    affinity: Affinity
+    cells: int
+    prefill: PoolPlan | None
+    decode: PoolPlan
+    goodput: float
+    curve: tuple[Point, ...]
+    alternatives: tuple[Alternative, ...]
+    bottleneck: str
+    one_more: str
+    at_double: str
+
+    @property
+    def gpus(self) -> int:
+        return self.cells * (self.decode.gpus + (self.prefill.gpus if self.prefill else 0))
+
+    def config_tree(self) -> dict[str, Any]:
+        """The part of ``baton.config`` that the plan decides; validated. Raises :class:`baton.errors.ConfigError`."""
+        tree = {
+            "model": {"max_context": self.max_context},
+            "prefill": _pool_tree(self.prefill) if self.prefill else {"replicas": 0, **_capacity(self.decode)},
+            "decode": _pool_tree(self.decode),
+        }
+        config.parse(tree, source="the plan")
+        return tree
+
+    def to_yaml(self) -> str:
+        """A configuration file whose head tells what it is for; degrees are there too, configurations have none yet."""
+        return "".join(f"# {line}\n" for line in self.story()) + yaml.safe_dump(self.config_tree(), sort_keys=False)
+
+    def story(self) -> Iterable[str]:
+        slo = self.slo
+        yield f"{self.goodput:.2f} requests/s on {self.gpus} x {self.hardware} ({self.goodput / self.gpus:.3f} each)"
+        yield f"for {self.model}, requests as in {self.workload} (simulated with {self.requests})"
+        yield f"TTFT <= {slo.ttft_s:g} s and TPOT <= {slo.tpot_s:g} s for {slo.attainment:.0%} of requests, both at once"
+        if self.prefill:
+            yield f"prefill: {_degrees(self.prefill)}"
+        yield f"decode{'' if self.prefill else ' (whole sequences)'}: {_degrees(self.decode)}"
+        if self.affinity == "high":
+            yield f"{self.cells} such clusters, each within one node"
+        yield f"bottleneck: {self.bottleneck}"
+        yield f"one more: {self.one_more}"
+        yield f"at twice the load: {self.at_double}"
+        for other in self.alternatives:
+            yield f"against {other.title}: {other.goodput:.2f} requests/s, we gain {self.goodput / other.goodput - 1:+.1%}"
+
+
+@dataclass(frozen=True, slots=True)
+class FreeHandoff:
+    """``cost`` with handoffs that take no time: what the links cost is the difference."""
+
+    cost: CostModel
+
+    @property
+    def gpus(self) -> int:
+        return self.cost.gpus
+
+    def step_s(self, step: StepShape) -> float:
+        return self.cost.step_s(step)
+
+    def transfer_s(self, tokens: int) -> float:
+        return 0.0
+
+    def exposed_transfer_s(self, tokens: int) -> float:
+        return 0.0
+
+    def kv_tokens(self) -> int:
+        return self.cost.kv_tokens()
+
+
+def make(chosen: Scored, found: Found, trial: Trial, labels: Mapping[str, str], *, mapper: Mapper = map) -> Plan:
+    """The plan of ``chosen``. ``labels``: names of the model and the hardware."""
+    composition, cell_goodput = chosen.composition, chosen.goodput / chosen.composition.cells
+    points = tuple(mapper(_Measure(trial, composition), [share * cell_goodput for share in CURVE]))
+    bottleneck, one_more = _more(chosen, found, trial, mapper)
+    longest = max(a.prompt_tokens + a.output_tokens for a in trial.workload.arrivals)
+    return Plan(
+        model=labels["model"],
+        hardware=labels["hardware"],
+        workload=trial.workload.name,
+        requests=trial.requests,
+        max_context=longest,
+        slo=trial.slo,
+        affinity=composition.affinity,
+        cells=composition.cells,
+        prefill=PoolPlan.of(composition.prefill, composition.prefills) if composition.prefill else None,
+        decode=PoolPlan.of(composition.decode, composition.decodes),
+        goodput=chosen.goodput,
+        curve=points,
+        alternatives=tuple(
+            Alternative(s.composition.title, s.composition.gpus, s.goodput)
+            for s in found.best
+            if s.composition != composition
+        ),
+        bottleneck=bottleneck,
+        one_more=one_more,
+        at_double=_at_double(points[-1], chosen),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """One point of the curve, for the whole plan."""
+
+    trial: Trial
+    composition: Composition
+
+    def __call__(self, cell_rate: float) -> Point:
+        outcome = self.trial.run(self.composition.cluster, cell_rate)
+        ttft_s, tpot_s = outcome.percentiles(0.9)
+        return Point(
+            cell_rate * self.composition.cells,
+            outcome.attainment(self.trial.slo),
+            ttft_s,
+            tpot_s,
+            outcome.utilization("prefill"),
+            outcome.utilization("decode"),
+            outcome.count(End.REFUSED),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Improve:
+    trial: Trial
+    above: int
+
+    def __call__(self, composition: Composition) -> float:
+        return rate_at(improve(composition, self.trial, above=self.above)) * composition.cells
+
+
+def _more(chosen: Scored, found: Found, trial: Trial, mapper: Mapper) -> tuple[str, str]:
+    """What binds, and what one more accelerator or replica buys."""
+    now, cells = chosen.composition, chosen.composition.cells
+    changes = {"decode": replace(now, decodes=now.decodes + 1)}
+    if now.prefill is not None:
+        free = replace(now.prefill, cost=FreeHandoff(now.prefill.cost))
+        changes["prefill"] = replace(now, prefills=now.prefills + 1)
+        changes["handoff"] = replace(now, prefill=free)
+    fresh = resplit(found, now.gpus + 1) if cells == 1 else None
+    if fresh is not None and fresh.gpus <= now.gpus + 1:
+        changes["resplit"] = fresh
+    above = step_below(chosen.goodput / cells)
+    rates = dict(zip(changes, mapper(_Improve(trial, above), changes.values()), strict=True))
+    gains = {name: max(0.0, rate / chosen.goodput - 1) for name, rate in rates.items()}
+    return _binding(now, gains), _purchase(now, chosen, gains, changes)
+
+
+def _binding(now: Composition, gains: Mapping[str, float]) -> str:
+    resources = {name: gain for name, gain in gains.items() if name != "resplit"}
+    name = max(resources, key=lambda key: resources[key])
+    if resources[name] <= 0:
+        return "none alone: no single pool or link raises the goodput by a step of 2 %"
+    what = {
+        "decode": "decode" if now.prefill else "the co-located pool",
+        "prefill": "prefill",
+        "handoff": "the handoff",
+    }
+    more = "handoffs that take no time" if name == "handoff" else "one more replica"
+    return f"{what[name]}: {more} would raise the goodput by {resources[name]:.1%}"
+
+
+def _purchase(now: Composition, chosen: Scored, gains: Mapping[str, float], changes: Mapping[str, Composition]) -> str:
+    offers = []
+    for name in ("prefill", "decode"):
+        if name in changes:
+            gpus = changes[name].gpus - now.gpus
+            offers.append(f"a {name} replica ({gpus} GPU) +{gains[name] * chosen.goodput:.2f} requests/s")
+    fresh = gains.get("resplit", 0.0)
+    if fresh > 0:
+        offers.append(f"one GPU with the pools split anew ({changes['resplit'].title}) +{fresh * chosen.goodput:.2f}")
+    elif all(changes[name].gpus - now.gpus > 1 for name in ("prefill", "decode") if name in changes):
+        offers.append("a single GPU buys nothing at these degrees")
+    return "; ".join(offers)
+
+
+def _at_double(point: Point, chosen: Scored) -> str:
+    kept = f"{point.attainment.joint:.0%} meet both targets (TTFT {point.attainment.ttft:.0%}, TPOT {point.attainment.tpot:.0%})"
+    return (
+        f"{kept}; p90 TTFT {point.ttft_p90_s:.2f} s, p90 TPOT {1e3 * point.tpot_p90_s:.0f} ms, {point.refused} refused; "
+        f"about {2 * chosen.composition.gpus} GPUs would meet it"
+    )
+
+
+def _pool_tree(pool: PoolPlan) -> dict[str, Any]:
+    return {key: value for key, value in asdict(pool).items() if key not in ("tp", "pp")}
+
+
+def _capacity(pool: PoolPlan) -> dict[str, Any]:
+    return {"page_tokens": pool.page_tokens, "kv_tokens": pool.kv_tokens}
+
+
+def _degrees(pool: PoolPlan) -> str:
+    return f"{pool.replicas} replicas of {pool.tp * pool.pp} GPU (tensor degree {pool.tp}, pipeline degree {pool.pp})"
