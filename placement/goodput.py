@@ -22,6 +22,7 @@ RATE_STEP = 1.02
 UNMET = -(10**6)  # the grid index of a cluster that meets its SLO at no rate
 LOWEST_RATE = 1e-3
 HIGHEST_RATE = 1e6
+SETTLED_S = 30.0  # simulated seconds that a trial should last: several answers' time
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,27 @@ class Trial:
         """Only the gaps between tokens count."""
         return replace(self, slo=replace(self.slo, ttft_s=math.inf))
 
+    def guess(self, pool: Pool, prefill_share: float = 0.7, decode_share: float = 0.8) -> float:
+        """The rate at which mean requests fill these shares of the pool's time, decoding at the TPOT: a beginning."""
+        arrivals = self.workload.first(self.requests).arrivals[:200]
+        prompt = sum(a.prompt_tokens for a in arrivals) // len(arrivals)
+        output = sum(a.output_tokens for a in arrivals) / len(arrivals)
+        spent_s = 0.0
+        if prefill_share:
+            spent_s += pool.cost.step_s(StepShape(((0, prompt),), ())) / prefill_share
+        if decode_share:
+            batch, context = 1, prompt + int(output / 2)
+            most = max(1, min(pool.limits.max_running, pool.cost.kv_tokens() // pool.stages // max(1, context)))
+            step_s = pool.cost.step_s(StepShape((), (context,)))
+            while 2 * batch <= most and (longer_s := _decode_s(pool, 2 * batch, context)) <= self.slo.tpot_s:
+                batch, step_s = 2 * batch, longer_s
+            spent_s += output * step_s / batch / decode_share
+        return pool.replicas * pool.stages / max(spent_s, 1e-6)
+
+    def settled(self, guess: float) -> Trial:
+        """With so many requests that they last :data:`SETTLED_S` at ``guess``."""
+        return replace(self, requests=max(self.requests, math.ceil(SETTLED_S * guess)))
+
 
 def rate_at(step: int) -> float:
     """Requests per second of a grid index; 0 for :data:`UNMET`."""
@@ -119,38 +141,22 @@ def _descend(meets: Callable[[float], bool], failed: int) -> tuple[int, int]:
 
 def prefill_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
     """Goodput of prefill workers whose KV vanishes as soon as it is there."""
-    cluster, only = Cluster(decode=INSTANT, prefill=pool), trial.of_prefill()
-    return climb(partial(only.meets, cluster), above=above, guess=_guess(pool, trial, 0.6, 0), within=within)
+    guess = trial.guess(pool, 0.6, 0)
+    cluster, only = Cluster(decode=INSTANT, prefill=pool), trial.of_prefill().settled(guess)
+    return climb(partial(only.meets, cluster), above=above, guess=guess, within=within)
 
 
 def decode_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
     """Goodput of decode workers to which prompts come prefilled at once."""
-    cluster, only = Cluster(decode=pool, prefill=INSTANT), trial.of_decode()
-    return climb(partial(only.meets, cluster), above=above, guess=_guess(pool, trial, 0, 0.8), within=within)
+    guess = trial.guess(pool, 0, 0.8)
+    cluster, only = Cluster(decode=pool, prefill=INSTANT), trial.of_decode().settled(guess)
+    return climb(partial(only.meets, cluster), above=above, guess=guess, within=within)
 
 
 def whole_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
     """Goodput of workers that compute whole sequences."""
-    guess = _guess(pool, trial, 0.7, 0.8)
-    return climb(partial(trial.meets, Cluster(decode=pool)), above=above, guess=guess, within=within)
-
-
-def _guess(pool: Pool, trial: Trial, prefill_share: float, decode_share: float) -> float:
-    """Where to begin: the rate at which mean requests fill these shares of a worker's time, decoding at the TPOT."""
-    arrivals = trial.workload.first(trial.requests).arrivals[:200]
-    prompt = sum(a.prompt_tokens for a in arrivals) // len(arrivals)
-    output = sum(a.output_tokens for a in arrivals) / len(arrivals)
-    spent_s = 0.0
-    if prefill_share:
-        spent_s += pool.cost.step_s(StepShape(((0, prompt),), ())) / prefill_share
-    if decode_share:
-        batch, context = 1, prompt + int(output / 2)
-        most = max(1, min(pool.limits.max_running, pool.cost.kv_tokens() // pool.stages // max(1, context)))
-        step_s = pool.cost.step_s(StepShape((), (context,)))
-        while 2 * batch <= most and (longer_s := _decode_s(pool, 2 * batch, context)) <= trial.slo.tpot_s:
-            batch, step_s = 2 * batch, longer_s
-        spent_s += output * step_s / batch / decode_share
-    return pool.replicas * pool.stages / max(spent_s, 1e-6)
+    guess = trial.guess(pool)
+    return climb(partial(trial.settled(guess).meets, Cluster(decode=pool)), above=above, guess=guess, within=within)
 
 
 def _decode_s(pool: Pool, batch: int, context: int) -> float:

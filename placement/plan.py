@@ -107,7 +107,7 @@ class Plan:
         slo = self.slo
         yield f"{self.goodput:.2f} requests/s on {self.gpus} x {self.hardware} ({self.goodput / self.gpus:.3f} each)"
         yield f"for {self.model}, requests as in {self.workload} (simulated with {self.requests})"
-        yield f"TTFT <= {slo.ttft_s:g} s and TPOT <= {slo.tpot_s:g} s for {slo.attainment:.0%} of requests, both at once"
+        yield f"TTFT <= {slo.ttft_s:g} s and TPOT <= {slo.tpot_s:g} s, both, for {slo.attainment:.0%} of requests"
         if self.prefill:
             yield f"prefill: {_degrees(self.prefill)}"
         yield f"decode{'' if self.prefill else ' (whole sequences)'}: {_degrees(self.decode)}"
@@ -117,7 +117,8 @@ class Plan:
         yield f"one more: {self.one_more}"
         yield f"at twice the load: {self.at_double}"
         for other in self.alternatives:
-            yield f"against {other.title}: {other.goodput:.2f} requests/s, we gain {self.goodput / other.goodput - 1:+.1%}"
+            gain = self.goodput / other.goodput - 1
+            yield f"against {other.title}: {other.goodput:.2f} requests/s; this plan {gain:+.1%}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +250,10 @@ def _purchase(now: Composition, chosen: Scored, gains: Mapping[str, float], chan
 
 
 def _at_double(point: Point, chosen: Scored) -> str:
-    kept = f"{point.attainment.joint:.0%} meet both targets (TTFT {point.attainment.ttft:.0%}, TPOT {point.attainment.tpot:.0%})"
+    met = point.attainment
     return (
-        f"{kept}; p90 TTFT {point.ttft_p90_s:.2f} s, p90 TPOT {1e3 * point.tpot_p90_s:.0f} ms, {point.refused} refused; "
+        f"{met.joint:.0%} meet both targets (TTFT {met.ttft:.0%}, TPOT {met.tpot:.0%}); "
+        f"p90 TTFT {point.ttft_p90_s:.2f} s, p90 TPOT {1e3 * point.tpot_p90_s:.0f} ms, {point.refused} refused; "
         f"about {2 * chosen.composition.gpus} GPUs would meet it"
     )
 
