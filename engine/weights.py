@@ -78,18 +78,18 @@ def _targets(model: Model) -> dict[str, torch.Tensor]:
         targets["lm_head.weight"] = model.head
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
-        q, k, v = torch.split(layer.qkv, [width, kv_width, kv_width])
-        gate, up = layer.gate_up.chunk(2)
+        q, k, v = torch.split(layer.qkv.t(), [width, kv_width, kv_width])
+        gate, up = layer.gate_up.t().chunk(2)
         named = {
             "input_layernorm": layer.attention_norm,
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
             "self_attn.v_proj": v,
-            "self_attn.o_proj": layer.out,
+            "self_attn.o_proj": layer.out.t(),
             "post_attention_layernorm": layer.mlp_norm,
             "mlp.gate_proj": gate,
             "mlp.up_proj": up,
-            "mlp.down_proj": layer.down,
+            "mlp.down_proj": layer.down.t(),
         }
         targets |= {f"{prefix}{name}.weight": tensor for name, tensor in named.items()}
     return targets
