@@ -17,13 +17,14 @@ tokens [a, z) is what its end adds, w(z) - w(a): chunks then sum to their prompt
 
 the slowest alone, all together, or reading the KV of all of them. Decode attention is read off at B contexts of C/B:
 it is bound by the C tokens' KV, so that the sum says nearly all. It rises in B at one mean and in C at one B; a decode
-that is much shorter than the mean can make a step cheaper, by two percent at most, because few long contexts fill an
+that is much shorter than the mean can make a step cheaper, by a few percent, because few long contexts fill an
 accelerator worse than many short ones. Everything is tabulated once per replica, so a step costs a few list look-ups;
 between look-up nodes (octaves) the interpolation is linear, as T_memory is.
 """
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -97,6 +98,12 @@ class GpuReplica:
         self._full_s, self._alone_s, self._prefill_limit = self._tabulate_prefill(kernels)
         self._kv_read_s = shape.layers * self._heads.kv_values * shape.dtype_bytes / hardware.stream_bytes_per_s
         self._decode_s, self._decode_unsure = self._tabulate_decode(kernels)
+
+    def with_handoff(self, handoff: HandoffCost) -> GpuReplica:
+        """The same replica behind another link or codec; shares the tables, which take most of the time to make."""
+        other = copy.copy(self)
+        other.handoff, other.extrapolations = handoff, Counter(self.extrapolations)
+        return other
 
     @property
     def gpus(self) -> int:
