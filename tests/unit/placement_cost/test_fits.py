@@ -86,3 +86,22 @@ def test_damaged_coefficients_are_named(tmp_path: Path) -> None:
     file.write_text(json.dumps({"m": {"1": {"prefill": [1, 2]}}}))
     with pytest.raises(ConfigError, match="three coefficients"):
         OptFit.load(file, model="m")
+
+
+@pytest.mark.parametrize(("name", "text"), [("none.json", None), ("list.json", "[]"), ("bad.json", "{")])
+def test_what_holds_no_fits_is_refused(tmp_path: Path, name: str, text: str | None) -> None:
+    file = tmp_path / name
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        OptFit.load(file)
+    assert error.value.field == "fits"
+
+
+def test_a_missing_capacity_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "fit.json"
+    regime = [1.0, 2.0, 3.0]
+    entry = {"prefill": regime, "decoding_smallbs": regime, "decoding_largebs": regime}
+    file.write_text(json.dumps({"m": {"1": entry | {"decoding_large_small_bs_threshold": 5}}}))
+    with pytest.raises(ConfigError, match="max_num_tokens"):
+        OptFit.load(file, model="m")

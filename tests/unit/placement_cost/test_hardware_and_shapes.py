@@ -89,3 +89,22 @@ def test_unknown_names_say_what_there_is() -> None:
         ModelShape.load("llama-9")
     with pytest.raises(ConfigError, match="has no fp4"):
         Hardware.load("a100-80g-sxm").peak_flops("fp4")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"), [({"kv_heads": 3}, "kv_heads"), ({"layers": 0}, "layers"), ({"dtype": "int3"}, "dtype")]
+)
+def test_impossible_shapes_are_named(change: dict[str, int | str], key: str) -> None:
+    sizes = {"name": "x", "layers": 1, "hidden": 8, "heads": 4, "kv_heads": 2, "head_dim": 2, "intermediate": 8}
+    with pytest.raises(ConfigError) as error:
+        ModelShape(**({"vocab": 10} | sizes | change))  # type: ignore[arg-type]
+    assert error.value.field == f"model.{key}"
+
+
+def test_files_that_are_no_mappings_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="not a JSON object"):
+        ModelShape.load(tmp_path)
+    (tmp_path / "gpu.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        Hardware.load(tmp_path / "gpu.yaml")
