@@ -1,0 +1,105 @@
+"""Taking runs of decode steps as a whole changes nothing: same times to the last bit, failures and scaling included."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from placement.cost import StepShape
+from placement.linear import LinearCost
+from placement.outcome import End, Outcome
+from placement.replica import EngineLimits
+from placement.simulator import Change, Cluster, Pool, simulate
+from placement.workload import Arrival
+
+
+class PerSequence:
+    """A cost model whose decode cost is not a function of the contexts' sum."""
+
+    gpus = 1
+
+    def __init__(self, linear: LinearCost) -> None:
+        self._linear = linear
+
+    def step_s(self, step: StepShape) -> float:
+        return self._linear.step_s(step) + 1e-7 * max(step.contexts, default=0)
+
+    def transfer_s(self, tokens: int) -> float:
+        return self._linear.transfer_s(tokens)
+
+    def exposed_transfer_s(self, tokens: int) -> float:
+        return self._linear.exposed_transfer_s(tokens)
+
+    def kv_tokens(self) -> int:
+        return self._linear.kv_tokens()
+
+
+LENGTHS = st.tuples(st.floats(0, 0.4), st.integers(1, 400), st.integers(1, 60))
+COSTS = st.builds(
+    LinearCost,
+    base_s=st.sampled_from([0.0, 0.01, 0.013]),
+    prefill_token_s=st.sampled_from([1e-5, 3.3e-4]),
+    sequence_s=st.sampled_from([0.0, 1e-4]),
+    context_token_s=st.sampled_from([1e-6, 7e-6]),
+    transfer_token_s=st.sampled_from([0.0, 1e-4]),
+    exposed=st.sampled_from([0.1, 1.0]),
+    capacity_tokens=st.sampled_from([480, 1024, 16384]),
+)
+LIMITS = st.builds(
+    EngineLimits,
+    page_tokens=st.sampled_from([1, 16, 64]),
+    step_tokens=st.sampled_from([8, 128, 1024]),
+    max_running=st.sampled_from([1, 3, 64]),
+    max_waiting=st.sampled_from([4, 4096]),
+)
+CHANGES = st.lists(
+    st.builds(
+        Change,
+        at_s=st.floats(0, 4),
+        role=st.sampled_from(["prefill", "decode"]),
+        kind=st.sampled_from(["kill", "return", "grow"]),
+        index=st.integers(0, 1),
+    ),
+    max_size=3,
+)
+
+
+def summary(outcome: Outcome) -> list[tuple[object, ...]]:
+    return [(t.end, t.sent, t.attempts, t.queue_s, t.handoff_s, repr(t.first_token_s), repr(t.last_token_s))
+            for t in outcome.trips]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=25), costs=st.tuples(COSTS, COSTS), limits=LIMITS,
+       changes=CHANGES, kind=st.tuples(st.booleans(), st.booleans()))  # fmt: skip
+def test_runs_equal_single_steps(
+    lengths: list[tuple[float, int, int]], costs: tuple[LinearCost, LinearCost], limits: EngineLimits,
+    changes: list[Change], kind: tuple[bool, bool],
+) -> None:  # fmt: skip
+    (prefill, decode), (split, summed) = costs, kind
+    arrivals, at_s = [], 0.0
+    for gap_s, prompt, output in lengths:
+        at_s += gap_s
+        arrivals.append(Arrival(at_s, prompt, output))
+    cost = decode if summed else PerSequence(decode)
+    cluster = Cluster(decode=Pool(cost, 2, limits), prefill=Pool(prefill, 2, limits) if split else None)
+    kept = [change for change in changes if split or change.role == "decode"]
+    fast = simulate(cluster, arrivals, changes=kept)
+    slow = simulate(cluster, arrivals, changes=kept, fast=False)
+    assert summary(fast) == summary(slow)
+    assert [use.steps for use in fast.workers.values()] == [use.steps for use in slow.workers.values()]
+    assert [use.preemptions for use in fast.workers.values()] == [use.preemptions for use in slow.workers.values()]
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=25), cost=COSTS, limits=LIMITS)
+def test_every_request_ends_with_all_its_tokens_or_is_refused(
+    lengths: list[tuple[float, int, int]], cost: LinearCost, limits: EngineLimits
+) -> None:
+    arrivals = [Arrival(index * 0.1, prompt, output) for index, (_, prompt, output) in enumerate(lengths)]
+    cluster = Cluster(decode=Pool(cost, 1, limits), prefill=Pool(cost, 2, limits))
+    for trip in simulate(cluster, arrivals).trips:
+        assert trip.end in (End.FINISHED, End.REFUSED)
+        if trip.end is End.FINISHED:
+            assert trip.sent == trip.output_tokens
+            assert trip.arrived_s <= trip.first_token_s <= trip.last_token_s
