@@ -8,7 +8,8 @@ summed from kernels. With N rows (chunk tokens and decodes), K chunks, B decodes
 
 f is piecewise linear and rising: projections, MLP and head, bound by the weights' bytes at few rows and by arithmetic
 at many. a is causal attention inside a chunk, b attention over what came before it, c the gathering of a chunk's
-earlier KV. All coefficients are non-negative (least squares over relative errors), so T rises in each argument.
+earlier KV. All coefficients are non-negative, so T rises in each argument; they minimise relative errors, robustly,
+because a step that something else interrupted must not bend the others.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ FORM = 1
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SWEEPS = 20000
 _SETTLED = 1e-9
+_ROBUST = 0.1  # relative residuals above this count by their size, not by its square (Huber, 1964)
+_REWEIGHTED = 5
 LEAST_STEPS = 40  # fewer do not determine the coefficients
 
 
@@ -156,7 +159,10 @@ class StepFit:
     def of(cls, steps: Sequence[Observation]) -> StepFit:
         seconds = np.array([o.seconds for o in steps])
         features = np.array([_features(o.step) for o in steps]) / seconds[:, None]
-        values = non_negative(features, np.ones_like(seconds))
+        weights = np.ones_like(seconds)
+        for _ in range(_REWEIGHTED):
+            values = non_negative(features * weights[:, None], weights)
+            weights = np.sqrt(_ROBUST / np.maximum(_ROBUST, np.abs(features @ values - 1)))
         base, chunk, decode, context, inside, before, gather, *slopes = values.tolist()
         return cls(base, chunk, decode, context, inside, before, gather, tuple(slopes))
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigError
@@ -32,6 +32,7 @@ def test_mixed_step_pays_the_weights_once() -> None:
     assert mixed == pytest.approx(apart - 0.010)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=6))
 def test_chunks_sum_to_their_prompt_and_one_constant_each(counts: list[int]) -> None:
     starts = [sum(counts[:i]) for i in range(len(counts))]
@@ -39,6 +40,7 @@ def test_chunks_sum_to_their_prompt_and_one_constant_each(counts: list[int]) -> 
     assert chunks == pytest.approx(FIT.step_s(StepShape(((0, sum(counts)),), ())) + 0.020 * (len(counts) - 1))
 
 
+@settings(deadline=None)
 @given(PAIRS)
 def test_decode_sum_form_is_the_step(pairs: list[tuple[int, int]]) -> None:
     contexts = tuple(a + b for a, b in pairs)

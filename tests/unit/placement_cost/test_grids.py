@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.grids import Floats, Grid, HeldOut, Posynomial, rising
@@ -77,6 +77,7 @@ def test_rows_of_one_point_are_averaged() -> None:
     assert np.exp(grid.log_s) == pytest.approx(nodes)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=40))
 def test_rising_is_monotone_keeps_the_mean_and_leaves_monotone_values(values: list[float]) -> None:
     result = rising(np.array(values))

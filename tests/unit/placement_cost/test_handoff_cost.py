@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigError
@@ -30,6 +30,7 @@ def test_by_hand() -> None:
     assert cost.exposed_s(100, prefill_s=0.01) == pytest.approx(0.001 + 0.0145 + 0.06 * 0.9)
 
 
+@settings(deadline=None)
 @given(COSTS, st.integers(0, 100_000), st.floats(0, 10))
 def test_exposed_is_part_of_serial_and_falls_with_prefill(cost: HandoffCost, tokens: int, prefill_s: float) -> None:
     exposed = cost.exposed_s(tokens, prefill_s)

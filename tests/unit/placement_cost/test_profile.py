@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigError
@@ -67,6 +67,7 @@ def test_held_out_error_is_about_the_noise() -> None:
     assert 0.02 < error.median < 0.08
 
 
+@settings(deadline=None)
 @given(CHUNKS, CONTEXTS)
 def test_replica_is_the_fit(chunks: list[tuple[int, int]], contexts: list[int]) -> None:
     step = StepShape(tuple(chunks), tuple(contexts))
@@ -74,6 +75,7 @@ def test_replica_is_the_fit(chunks: list[tuple[int, int]], contexts: list[int]) 
     assert REPLICA.decode_step_s(len(contexts), sum(contexts)) == REPLICA.step_s(StepShape((), step.contexts))
 
 
+@settings(deadline=None)
 @given(CHUNKS, CONTEXTS, st.integers(0, 1500), st.integers(1, 500))
 def test_more_work_never_takes_less(chunks: list[tuple[int, int]], contexts: list[int], start: int, count: int) -> None:
     seconds = REPLICA.step_s(StepShape(tuple(chunks), tuple(contexts))) * (1 - 1e-9)
@@ -104,6 +106,7 @@ def test_extrapolation_is_counted() -> None:
     assert replica.extrapolations == {"longer contexts than measured": 1, "more rows in a step than measured": 1}
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 6))
 def test_non_negative_least_squares_meets_its_conditions(seed: int, columns: int) -> None:
     """Karush-Kuhn-Tucker: no slope for what is used, none downhill for what is at zero."""

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigError
@@ -46,6 +46,7 @@ def _check_rises(model: GpuReplica, chunks: list[tuple[int, int]], contexts: lis
     assert model.step_s(grown) >= seconds * slack
 
 
+@settings(deadline=None)
 @given(MODELS, CHUNKS, CONTEXTS)
 def test_more_work_never_takes_less(model: GpuReplica, chunks: list[tuple[int, int]], contexts: list[int]) -> None:
     _check_rises(model, chunks, contexts)
@@ -58,12 +59,14 @@ def test_more_work_never_takes_less_on_measured_tables(measured: GpuReplica) -> 
         _check_rises(measured, chunks, rng.integers(1, 16_000, rng.integers(0, 30)).tolist())
 
 
+@settings(deadline=None)
 @given(MODELS, st.lists(st.integers(1, 5000), min_size=1, max_size=64))
 def test_sum_of_contexts_is_enough(model: GpuReplica, contexts: list[int]) -> None:
     by_sum = model.decode_step_s(len(contexts), sum(contexts))
     assert by_sum == model.step_s(StepShape((), tuple(contexts)))
 
 
+@settings(deadline=None)
 @given(MODELS, st.lists(st.integers(1, 3000), min_size=2, max_size=6))
 def test_chunks_cost_at_least_their_prompt(model: GpuReplica, counts: list[int]) -> None:
     starts = [sum(counts[:i]) for i in range(len(counts))]
@@ -71,6 +74,7 @@ def test_chunks_cost_at_least_their_prompt(model: GpuReplica, counts: list[int])
     assert apart >= model.step_s(StepShape(((0, sum(counts)),), ())) * (1 - 1e-9)
 
 
+@settings(deadline=None)
 @given(MODELS, CHUNKS.filter(len), CONTEXTS.filter(len))
 def test_mixed_step_lies_between_the_longer_part_and_the_sum(
     model: GpuReplica, chunks: list[tuple[int, int]], contexts: list[int]
