@@ -27,20 +27,16 @@ class Batch:
 
 
 class Layer:
-    """One block's weights, with q, k, v stacked in one matrix and gate, up in another: two large products, not five.
+    """One block's weights, with q, k, v stacked in one matrix and gate, up in another: two large products, not five."""
 
-    Matrices are [in, out], the transpose of the checkpoint's: ``x @ w`` reads them 10-20 % faster on CPU when few rows
-    share a step (docs/adr/0004-engine-numerics.md), and no slower otherwise.
-    """
-
-    def __init__(self, spec: ModelSpec, empty: Callable[..., Tensor]) -> None:
+    def __init__(self, spec: ModelSpec, empty: Callable[..., Tensor], matrix: Callable[[int, int], Tensor]) -> None:
         width = spec.heads * spec.head_dim
         self.attention_norm = empty(spec.hidden)
-        self.qkv = empty(spec.hidden, width + 2 * spec.kv_heads * spec.head_dim)
-        self.out = empty(width, spec.hidden)
+        self.qkv = matrix(width + 2 * spec.kv_heads * spec.head_dim, spec.hidden)
+        self.out = matrix(spec.hidden, width)
         self.mlp_norm = empty(spec.hidden)
-        self.gate_up = empty(spec.hidden, 2 * spec.intermediate)
-        self.down = empty(spec.intermediate, spec.hidden)
+        self.gate_up = matrix(2 * spec.intermediate, spec.hidden)
+        self.down = matrix(spec.hidden, spec.intermediate)
 
 
 class Model:
@@ -53,8 +49,13 @@ class Model:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=self.dtype, device=device)
 
+        def matrix(rows: int, columns: int) -> Tensor:
+            # float32 on CPU reads a transposed matrix faster, bf16 without hardware ten times slower: ADR 4.
+            transposed = dtype == "float32" and device.type == "cpu"
+            return empty(columns, rows).t() if transposed else empty(rows, columns)
+
         self.embedding = empty(spec.vocab_size, spec.hidden)
-        self.layers = [Layer(spec, empty) for _ in range(spec.layers)]
+        self.layers = [Layer(spec, empty, matrix) for _ in range(spec.layers)]
         self.norm = empty(spec.hidden)
         self.head = self.embedding if spec.tied_head else empty(spec.vocab_size, spec.hidden)
         cos, sin = rope_tables(spec)
@@ -85,7 +86,7 @@ class Model:
         """[rows, heads, head_dim] and [rows, 2 * kv_heads, head_dim], queries and keys rotated to their positions."""
         spec = self.spec
         normed = rms_norm(hidden, (spec.hidden,), layer.attention_norm, spec.norm_eps)
-        qkv = (normed @ layer.qkv).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        qkv = linear(normed, layer.qkv).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
         rotated = qkv[:, : spec.heads + spec.kv_heads]
         swapped = rotated.roll(spec.head_dim // 2, dims=-1)  # the halves of each head; ``sin`` carries the sign
         rotated.mul_(cos).addcmul_(swapped, sin)
@@ -93,10 +94,10 @@ class Model:
 
     def _mix(self, layer: Layer, hidden: Tensor, attended: Tensor) -> Tensor:
         """Adds attention's output and then the MLP's. hidden: [rows, hidden], attended: [rows, heads * head_dim]."""
-        hidden = hidden + attended @ layer.out
+        hidden = hidden + linear(attended, layer.out)
         normed = rms_norm(hidden, (self.spec.hidden,), layer.mlp_norm, self.spec.norm_eps)
-        gate, up = (normed @ layer.gate_up).chunk(2, dim=-1)  # [rows, intermediate] each
-        return hidden + silu(gate).mul_(up) @ layer.down
+        gate, up = linear(normed, layer.gate_up).chunk(2, dim=-1)  # [rows, intermediate] each
+        return hidden + linear(silu(gate).mul_(up), layer.down)
 
 
 def rope_tables(spec: ModelSpec) -> tuple[Tensor, Tensor]:

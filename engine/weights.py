@@ -19,7 +19,7 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 def choose_dtype(name: str, device: torch.device) -> Dtype:
     """``auto``: bfloat16 on CUDA and on CPUs that multiply it (AMX, AVX512-BF16), else float32.
 
-    A CPU without either emulates it: SmolLM2's take 9 times as long on AVX2 (docs/adr/0004-engine-numerics.md).
+    A CPU without either emulates it: a prefill's take 8 times as long on AVX2 (docs/adr/0004-engine-numerics.md).
     """
     match name:
         case "float32" | "bfloat16":
@@ -78,18 +78,18 @@ def _targets(model: Model) -> dict[str, torch.Tensor]:
         targets["lm_head.weight"] = model.head
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
-        q, k, v = torch.split(layer.qkv.t(), [width, kv_width, kv_width])
-        gate, up = layer.gate_up.t().chunk(2)
+        q, k, v = torch.split(layer.qkv, [width, kv_width, kv_width])
+        gate, up = layer.gate_up.chunk(2)
         named = {
             "input_layernorm": layer.attention_norm,
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
             "self_attn.v_proj": v,
-            "self_attn.o_proj": layer.out.t(),
+            "self_attn.o_proj": layer.out,
             "post_attention_layernorm": layer.mlp_norm,
             "mlp.gate_proj": gate,
             "mlp.up_proj": up,
-            "mlp.down_proj": layer.down.t(),
+            "mlp.down_proj": layer.down,
         }
         targets |= {f"{prefix}{name}.weight": tensor for name, tensor in named.items()}
     return targets
