@@ -9,23 +9,30 @@ import argparse
 import json
 import logging
 import os
+import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
-from baton.config import Config, load
+import psutil
 
+from baton.config import Config, load
+from baton.errors import ConfigError
+
+INGRESS_PORTS = 64  # for the router replicas of one cluster, per protocol; released ones stay blocked for a while
+PORT_RANGE = (20000, 32000)  # below the ephemeral ports, which outgoing connections take
+PORT_TRIES = 100
 OBJECT_STORE_BYTES = 100 << 20  # nothing large ever goes through Ray objects
 
 
 def environment(config: Config, folder: Path) -> dict[str, str]:
     """What Ray and Serve read once at import: HAProxy ingress with its files and ports private to this cluster."""
     haproxy = folder / "h"
+    ports = free_ports(2 * INGRESS_PORTS)
     return {
         "RAY_AUTH_MODE": "disabled",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -34,13 +41,17 @@ def environment(config: Config, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_ports(1)),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_ports(1)),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(2 * config.router.max_inflight),
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": str(2 * config.router.max_inflight),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports + INGRESS_PORTS - 1),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports + INGRESS_PORTS),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports + 2 * INGRESS_PORTS - 1),
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -165,10 +176,18 @@ def _resources_needed(config: Config) -> dict[str, float]:
     return total
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def free_ports(count: int) -> int:
+    """The first of ``count`` consecutive ports that nobody listens on.
+
+    Serve binds its replicas' gRPC ports with SO_REUSEPORT: two clusters of one machine that use the same range would
+    both get the port, and the kernel would hand half of one cluster's requests to the other.
+    """
+    taken = {connection.laddr.port for connection in psutil.net_connections(kind="tcp") if connection.laddr}
+    for _ in range(PORT_TRIES):
+        first = random.randrange(*PORT_RANGE)
+        if taken.isdisjoint(range(first, first + count)):
+            return first
+    raise ConfigError(f"no {count} consecutive free TCP ports in {PORT_TRIES} tries", field="ingress")
 
 
 def _tell(folder: Path, line: str) -> None:
