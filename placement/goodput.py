@@ -65,8 +65,10 @@ class Trial:
         return not outcome.gave_up and outcome.attainment(self.slo).joint >= self.slo.attainment - 1e-12
 
     def of_prefill(self) -> Trial:
-        """Only the first token counts."""
-        return replace(self, slo=replace(self.slo, tpot_s=math.inf))
+        """Only the first token counts, so that there need be no other."""
+        first = tuple(replace(a, output_tokens=1) for a in self.workload.lasting(self.requests).arrivals)
+        workload = replace(self.workload, arrivals=first)
+        return replace(self, workload=workload, slo=replace(self.slo, tpot_s=math.inf))
 
     def of_decode(self) -> Trial:
         """Only the gaps between tokens count."""
@@ -142,14 +144,14 @@ def _descend(meets: Callable[[float], bool], failed: int) -> tuple[int, int]:
 def prefill_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
     """Goodput of prefill workers whose KV vanishes as soon as it is there."""
     guess = trial.guess(pool, 0.6, 0)
-    cluster, only = Cluster(decode=INSTANT, prefill=pool), trial.of_prefill().settled(guess)
+    cluster, only = Cluster(decode=INSTANT, prefill=pool), trial.settled(guess).of_prefill()
     return climb(partial(only.meets, cluster), above=above, guess=guess, within=within)
 
 
 def decode_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
     """Goodput of decode workers to which prompts come prefilled at once."""
     guess = trial.guess(pool, 0, 0.8)
-    cluster, only = Cluster(decode=pool, prefill=INSTANT), trial.of_decode().settled(guess)
+    cluster, only = Cluster(decode=pool, prefill=INSTANT), trial.settled(guess).of_decode()
     return climb(partial(only.meets, cluster), above=above, guess=guess, within=within)
 
 
