@@ -17,7 +17,7 @@ import msgpack
 
 from baton.errors import ProtocolError
 
-MAX_DEPTH_ITEMS = 4_000_000  # elements in any one array: a 1M-token prompt fits four times
+MAX_ARRAY_ITEMS = 1 << 20  # elements in any one array: a prompt of a million tokens
 
 
 def pack(record: object) -> bytes:
@@ -46,7 +46,7 @@ class Registry:
         try:
             raw = msgpack.unpackb(
                 body, raw=False, use_list=True, strict_map_key=True,
-                max_array_len=MAX_DEPTH_ITEMS, max_map_len=4096, max_ext_len=0,
+                max_array_len=MAX_ARRAY_ITEMS, max_map_len=4096, max_ext_len=0,
             )  # fmt: skip
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             raise ProtocolError(f"not msgpack: {error}") from None

@@ -161,7 +161,7 @@ def _supervisor(folder: Path) -> psutil.Process | None:
 
 def _command(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline())[:120]
+        return " ".join(" ".join(process.cmdline()).split())[:80]
     except psutil.Error:
         return "gone"
 

@@ -130,14 +130,16 @@ class InferenceService:
         work = parsed.work(f"{self._router_id}-{secrets.token_hex(8)}")  # clients may reuse their ids, workers may not
         run = Run(work, parsed.codec, arrived_s, deadline_s=arrived_s + work.budget_s)
         assembler = respond.Assembler(parsed, self._tokenizer, model=self._config.model.id)
-        async with aclosing(self._dispatcher.stream(run)) as batches:
-            async for events in batches:
-                response = assembler.push(events)
-                if response is not None:
-                    yield response
-                if assembler.finished:
-                    break
-        self._counters.tokens += assembler.tokens
+        try:
+            async with aclosing(self._dispatcher.stream(run)) as batches:
+                async for events in batches:
+                    response = assembler.push(events)
+                    if response is not None:
+                        yield response
+                    if assembler.finished:
+                        break
+        finally:
+            self._counters.tokens += assembler.tokens
         yield assembler.finish(run.ledger())
 
     # ---- the other methods

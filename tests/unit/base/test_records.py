@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from baton import messages
 from baton.errors import ProtocolError
 from baton.messages import PLANE, Cancel, Failed, Report, Tokens
-from baton.records import MAX_DEPTH_ITEMS, Registry, pack
+from baton.records import MAX_ARRAY_ITEMS, Registry, pack
 from baton.request import Logprob, Sampling, TokenEvent, Work
 
 RECORDS = [
@@ -120,7 +120,7 @@ def test_damaged_frames_never_escape_as_another_error(record: object, data: st.D
         (msgpack.packb(["Failed", "r", "C", "m", "f", True]), "Failed.retry_after_ms: is bool, expected int"),
         (msgpack.packb(["Failed", "r", "C", "m", "f", 1.0]), "Failed.retry_after_ms: is float, expected int"),
         (msgpack.packb(["Cancel", msgpack.ExtType(4, b"x")]), "not msgpack"),
-        (b"\xdd" + (MAX_DEPTH_ITEMS + 1).to_bytes(4, "big"), "not msgpack"),  # refused before any item is read
+        (b"\xdd" + (MAX_ARRAY_ITEMS + 1).to_bytes(4, "big"), "not msgpack"),  # refused before any item is read
         (b"\x91" * 100_000, "not msgpack"),  # nested without end
         (b"\x92\xa6Cancel\xa1\xff", "not msgpack"),  # not UTF-8
     ],
