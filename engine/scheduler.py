@@ -383,8 +383,8 @@ def _insert(queue: list[_Sequence], sequence: _Sequence) -> None:
 def _steps_until_full(slacks: list[int], free: int, wanted: int) -> int:
     """Steps, at most ``wanted``, for which ``free`` pages last.
 
-    ``slacks[n]`` sequences have room for n more tokens in their last page. Every ``page_tokens`` steps each takes one
-    page, so whole rounds are divided out first.
+    ``slacks[n]`` sequences have room for n more tokens in their last page. Every ``page_tokens`` steps each of them
+    takes one page, so whole rounds are divided out first.
     """
     page_tokens = len(slacks) - 1
     rounds, left = divmod(free, sum(slacks))
