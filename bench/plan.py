@@ -95,7 +95,7 @@ class Separate(Trial):
     def run(self, cluster: Cluster, rate: float, *, give_up: bool = False) -> Outcome:
         return simulate(cluster, self.workload.in_time(1 / rate).arrivals)
 
-    def settled(self, guess: float) -> Trial:
+    def shortened(self, guess: float) -> Trial:
         """As many requests as asked for, however short that is: what a few hundred requests show is the point."""
         return self
 
@@ -164,7 +164,7 @@ def honest(requests: int = 5000) -> dict[str, Any]:
 
 
 @app.command()
-def fixture(seeds: int = 6) -> None:
+def fixture(seeds: int = 5) -> None:
     """simdistserve's figures under its restrictions, then ours without them."""
     with ProcessPoolExecutor() as executor:
         runs = {n: list(executor.map(partial(restricted, n), range(k))) for n, k in ((300, seeds), (1000, 3))}

@@ -23,6 +23,8 @@ UNMET = -(10**6)  # the grid index of a cluster that meets its SLO at no rate
 LOWEST_RATE = 1e-3
 HIGHEST_RATE = 1e6
 SETTLED_S = 30.0  # simulated seconds that a trial should last: several answers' time
+SHORTEST_S = 5.0  # a burst of fewer seconds says nothing of a rate that is to be kept
+ALONE_S, ALONE_LEAST = 10.0, 500  # phases alone only rank: so many simulated seconds and requests are enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,9 @@ class Trial:
         return simulate(cluster, arrivals, give_up=self.slo if give_up else None)
 
     def meets(self, cluster: Cluster, rate: float) -> bool:
+        """Whether the SLO is attained; no where the trial has too few requests to show it."""
+        if self.requests / rate < SHORTEST_S:
+            return False
         outcome = self.run(cluster, rate, give_up=True)
         return not outcome.gave_up and outcome.attainment(self.slo).joint >= self.slo.attainment - 1e-12
 
@@ -69,10 +74,6 @@ class Trial:
         first = tuple(replace(a, output_tokens=1) for a in self.workload.lasting(self.requests).arrivals)
         workload = replace(self.workload, arrivals=first)
         return replace(self, workload=workload, slo=replace(self.slo, tpot_s=math.inf))
-
-    def of_decode(self) -> Trial:
-        """Only the gaps between tokens count."""
-        return replace(self, slo=replace(self.slo, ttft_s=math.inf))
 
     def guess(self, pool: Pool, prefill_share: float = 0.7, decode_share: float = 0.8) -> float:
         """The rate at which mean requests fill these shares of the pool's time, decoding at the TPOT: a beginning."""
@@ -91,9 +92,9 @@ class Trial:
             spent_s += output * step_s / batch / decode_share
         return pool.replicas * pool.stages / max(spent_s, 1e-6)
 
-    def settled(self, guess: float) -> Trial:
-        """With so many requests that they last :data:`SETTLED_S` at ``guess``."""
-        return replace(self, requests=max(self.requests, math.ceil(SETTLED_S * guess)))
+    def shortened(self, guess: float) -> Trial:
+        """With as few requests as rank phases alone at about ``guess`` requests per second."""
+        return replace(self, requests=min(self.requests, max(ALONE_LEAST, math.ceil(ALONE_S * guess))))
 
 
 def rate_at(step: int) -> float:
@@ -144,21 +145,21 @@ def _descend(meets: Callable[[float], bool], failed: int) -> tuple[int, int]:
 def prefill_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
     """Goodput of prefill workers whose KV vanishes as soon as it is there."""
     guess = trial.guess(pool, 0.6, 0)
-    cluster, only = Cluster(decode=INSTANT, prefill=pool), trial.settled(guess).of_prefill()
+    cluster, only = Cluster(decode=INSTANT, prefill=pool), trial.shortened(guess).of_prefill()
     return climb(partial(only.meets, cluster), above=above, guess=guess, within=within)
 
 
 def decode_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
-    """Goodput of decode workers to which prompts come prefilled at once."""
+    """Goodput of decode workers to which prompts come prefilled at once; the wait for their pages is TTFT."""
     guess = trial.guess(pool, 0, 0.8)
-    cluster, only = Cluster(decode=pool, prefill=INSTANT), trial.settled(guess).of_decode()
+    cluster, only = Cluster(decode=pool, prefill=INSTANT), trial.shortened(guess)
     return climb(partial(only.meets, cluster), above=above, guess=guess, within=within)
 
 
 def whole_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1) -> int:
     """Goodput of workers that compute whole sequences."""
     guess = trial.guess(pool)
-    return climb(partial(trial.settled(guess).meets, Cluster(decode=pool)), above=above, guess=guess, within=within)
+    return climb(partial(trial.shortened(guess).meets, Cluster(decode=pool)), above=above, guess=guess, within=within)
 
 
 def _decode_s(pool: Pool, batch: int, context: int) -> float:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -26,7 +26,6 @@ from placement.replica import EngineLimits
 from placement.simulator import Cluster, Pool
 
 SLACK = 1.5
-ALONE_REQUESTS = 1000
 ALONE_WITHIN = 4  # grid steps: promises only rank
 SPLITS = 3  # splits tried per pair of ways in a search that is not exhaustive
 Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
@@ -135,8 +134,7 @@ def search(
     ]
     progress(f"{len(tasks)} degrees of parallelism, each alone")
     phases: dict[str, dict[Way, float]] = {"prefill": {}, "decode": {}, "whole": {}}
-    short = replace(trial, requests=min(trial.requests, ALONE_REQUESTS))
-    for (kind, _), (way, rate) in zip(tasks, mapper(_Alone(short), tasks), strict=True):
+    for (kind, _), (way, rate) in zip(tasks, mapper(_Alone(trial), tasks), strict=True):
         if rate > 0:
             phases[kind][way] = rate
             progress(f"{kind} alone: {rate / way.gpus:.2f} requests/s per accelerator with {way}")
