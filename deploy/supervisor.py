@@ -53,6 +53,7 @@ def environment(config: Config, folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports + INGRESS_PORTS),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports + 2 * INGRESS_PORTS - 1),
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_worker_niceness": "0",  # Ray makes its workers yield to every other process by default
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "TOKENIZERS_PARALLELISM": "false",
