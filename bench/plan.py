@@ -33,7 +33,7 @@ from placement.model_shape import ModelShape
 from placement.outcome import Outcome, Slo
 from placement.profile import Profile, ProfiledReplica
 from placement.replica import EngineLimits
-from placement.search import Composition, Space, Way, exhaustive, improve, search
+from placement.search import Composition, Found, Space, Way, exhaustive, improve, search
 from placement.simulator import Cluster, Pool, simulate
 from placement.spaces import gpu_space
 from placement.synthetic import ObservedLengths, Poisson, draw
@@ -258,7 +258,7 @@ def seventy(gpus: int = 32, requests: int = 4000) -> None:
         found = search(space, gpus, trial, mapper=executor.map, progress=print)
         halves = _halves(found, gpus)
         rates = executor.map(partial(_goodput, trial), halves)
-        scored = sorted(zip(rates, halves, strict=True), key=lambda pair: -pair[0])
+        goodput, (half, _) = max(zip(rates, halves, strict=True), key=lambda pair: pair[0])
         labels = {"model": "llama-3.1-70b", "hardware": "h200-sxm"}
         made = plans.make(found.best[0], found, trial, labels, mapper=executor.map)
     made = replace(
@@ -270,19 +270,20 @@ def seventy(gpus: int = 32, requests: int = 4000) -> None:
     _save("70b", {"story": list(made.story()), "curve": [asdict(point) for point in made.curve]})
 
 
-def _halves(found: Any, gpus: int) -> list[Composition]:
-    """Half of the accelerators for either phase, at every pair of degrees that fills them."""
+def _halves(found: Found, gpus: int) -> list[tuple[Composition, float]]:
+    """Half of the accelerators for either phase: the three that promise most among all pairs of degrees."""
     half = gpus // 2
-    return [
-        Composition(d, half // d.gpus, p, half // p.gpus)
-        for p, _ in found.prefill_alone
-        for d, _ in found.decode_alone
+    promised = [
+        (Composition(d, half // d.gpus, p, half // p.gpus), half * min(p_rate / p.gpus, d_rate / d.gpus))
+        for p, p_rate in found.prefill_alone
+        for d, d_rate in found.decode_alone
         if half % p.gpus == 0 and half % d.gpus == 0
     ]
+    return sorted(promised, key=lambda pair: -pair[1])[:3]
 
 
-def _goodput(trial: Trial, composition: Composition) -> float:
-    return rate_at(improve(composition, trial, guess=trial.guess(composition.decode.pool(composition.gpus // 8 or 1))))
+def _goodput(trial: Trial, half: tuple[Composition, float]) -> float:
+    return rate_at(improve(half[0], trial, guess=half[1]))
 
 
 # ---- calibration and reality
