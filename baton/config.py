@@ -48,7 +48,7 @@ class ModelConfig(_Frozen):
 class PoolConfig(_Frozen):
     replicas: Annotated[int, Field(ge=0)] = Field(default=1, description="Worker processes in this pool.")
     page_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, description="Tokens per KV page.")
-    kv_tokens: Count = Field(default=32768, description="KV capacity of one worker, in tokens.")
+    kv_tokens: Count = Field(default=16384, description="KV capacity of one worker, in tokens.")
     step_tokens: Count = Field(default=512, description="Token budget of one engine step (prefill chunks and decodes).")
     max_running: Count = Field(default=64, description="Most sequences in one step.")
     max_waiting: Count = Field(default=256, description="Most sequences that wait; beyond it RESOURCE_EXHAUSTED.")
@@ -76,7 +76,7 @@ class HandoffConfig(_Frozen):
     lease_s: Seconds = Field(default=30.0, description="A reservation without a sign of life is freed after this long.")
     stall_s: Seconds = Field(default=5.0, description="A transfer that makes no progress for this long is lost.")
     landing_bytes: Count = Field(default=256 << 20, description="Landing buffers of one decode worker.")
-    staging_bytes: Count = Field(default=512 << 20, description="Staged, encoded KV of one prefill worker.")
+    staging_bytes: Count = Field(default=256 << 20, description="Staged, encoded KV of one prefill worker.")
     ucx_tls: str = Field(default="", description="UCX_TLS for NIXL; empty leaves UCX's own choice.")
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from baton.config import Config, PoolConfig, parse
+from baton.errors import ConfigError
 from baton.wire import inference_pb2
 from decode_worker.worker import DecodeWorker
 from deploy.discovery import Directory
@@ -46,6 +47,8 @@ GRACE_S = 5.0
 def build(args: dict[str, Any]) -> Application:
     """The application for the configuration tree ``args``; raises ConfigError for a bad one."""
     config = parse(args)
+    if config.handoff.transport == "loopback" and config.prefill.replicas:
+        raise ConfigError("loopback joins workers of one process only; use nixl or tcp", field="handoff.transport")
     tree = config.model_dump()
     pools = [
         _deployment(replica, role, pool).bind(tree)

@@ -51,7 +51,7 @@ def up(
     decode: Annotated[int | None, typer.Option(help="Decode workers.")] = None,
     model: Annotated[str | None, typer.Option(help="Model name, Hugging Face folder or id, or .gguf file.")] = None,
     config: ConfigFile = None,
-    transport: Annotated[str | None, typer.Option(help="nixl, tcp or loopback.")] = None,
+    transport: Annotated[str | None, typer.Option(help="nixl or tcp.")] = None,
     codec: Codec = None,
     quality_floor: Annotated[str | None, typer.Option(help="exact, or int8 to allow lossy transfers.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC endpoint.")] = None,

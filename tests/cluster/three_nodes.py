@@ -28,8 +28,8 @@ def main() -> None:
         {
             "name": "three-nodes",
             "model": {"cache_dir": cache_dir, "dtype": "float32"},
-            "prefill": {"resources": {"prefill": 1}},
-            "decode": {"resources": {"decode": 1}, "page_tokens": 32},
+            "prefill": {"kv_tokens": 4096, "resources": {"prefill": 1}},
+            "decode": {"kv_tokens": 4096, "resources": {"decode": 1}, "page_tokens": 32},
             "ingress": {"grpc_port": 19000, "http_port": 18000},
         }
     )

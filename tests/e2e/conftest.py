@@ -156,8 +156,8 @@ def nixl_cluster(start_cluster: Callable[..., contextlib.AbstractContextManager[
     """One prefill and one decode worker with different page sizes, NIXL between them, lossy codecs allowed."""
     with start_cluster(
         "nixl",
-        prefill={"page_tokens": 16, "step_tokens": 256},
-        decode={"page_tokens": 32},
+        prefill={"page_tokens": 16, "step_tokens": 256, "kv_tokens": 8192},
+        decode={"page_tokens": 32, "kv_tokens": 8192},
         handoff={"transport": "nixl", "quality_floor": "int8"},
     ) as client:
         yield client
@@ -168,8 +168,8 @@ def tcp_cluster(start_cluster: Callable[..., contextlib.AbstractContextManager[C
     """The same over plain TCP, page sizes the other way round."""
     with start_cluster(
         "tcp",
-        prefill={"page_tokens": 32, "step_tokens": 256},
-        decode={"page_tokens": 16},
+        prefill={"page_tokens": 32, "step_tokens": 256, "kv_tokens": 8192},
+        decode={"page_tokens": 16, "kv_tokens": 8192},
         handoff={"transport": "tcp"},
     ) as client:
         yield client

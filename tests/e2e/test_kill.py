@@ -25,7 +25,7 @@ RECOVERY_S = 60.0
 
 @pytest.fixture(scope="module")
 def cluster(start_cluster: Callable[..., Any]) -> Iterator[Any]:
-    with start_cluster("kill", decode={"page_tokens": 32}) as client:
+    with start_cluster("kill", prefill={"kv_tokens": 4096}, decode={"page_tokens": 32, "kv_tokens": 4096}) as client:
         yield client
 
 
