@@ -96,7 +96,14 @@ def down(name: str, *, progress: Progress) -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
             orphan.kill()
     psutil.wait_procs(stubborn, timeout=ORPHAN_TIMEOUT_S)
+    _remove_scratch(root() / name)
     return True
+
+
+def _remove_scratch(folder: Path) -> None:
+    """Ray's and HAProxy's files, when nobody writes them any more."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree((folder / "scratch").read_text(encoding="utf-8"))
 
 
 def _spawn(folder: Path) -> psutil.Process:

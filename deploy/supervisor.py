@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -75,11 +74,9 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     config = load(folder / "config.yaml")
     scratch = scratch_folder()
+    (folder / "scratch").write_text(str(scratch), encoding="utf-8")
     os.environ.update(environment(config, scratch))
-    try:
-        return _run(config, folder, scratch, stop)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    return _run(config, folder, scratch, stop)
 
 
 def _run(config: Config, folder: Path, scratch: Path, stop: threading.Event) -> int:

@@ -66,8 +66,15 @@ def answer_all(client: Any, prompts: Prompts, codec: str) -> dict[str, list[int]
         return dict(pool.map(one, prompts))
 
 
-@pytest.mark.parametrize("codec", ["raw", "lossless"])
-@pytest.mark.parametrize("cluster", ["nixl_cluster", "tcp_cluster"])
+@pytest.mark.parametrize(
+    ("cluster", "codec"),
+    [
+        ("nixl_cluster", "lossless"),
+        ("tcp_cluster", "raw"),
+        pytest.param("nixl_cluster", "raw", marks=pytest.mark.slow),
+        pytest.param("tcp_cluster", "lossless", marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_equal_transformers(
     cluster: str, codec: str, prompts: Prompts, oracle: Oracle, request: pytest.FixtureRequest
 ) -> None:
@@ -84,6 +91,7 @@ def test_the_oracle_can_tell_a_wrong_answer(prompts: Prompts, oracle: Oracle) ->
     assert oracle(fields, [7] * NEW_TOKENS) != [7] * NEW_TOKENS
 
 
+@pytest.mark.slow
 def test_int8_stays_close(nixl_cluster: Any, prompts: Prompts, record_property: Callable[[str, object], None]) -> None:
     """A lossy codec may part ways with the exact answer; how often is reported, and most tokens agree."""
     exact, lossy = (answer_all(nixl_cluster, prompts, codec) for codec in ("lossless", "int8"))
