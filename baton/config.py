@@ -106,6 +106,9 @@ class Config(_Frozen):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] = Field(
         default="baton", description="Name of the cluster."
     )
+    worker_host: str = Field(
+        default="", description="Address that workers listen on and are reached at; empty: the address of their node."
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     prefill: PoolConfig = Field(default_factory=PoolConfig)
     decode: PoolConfig = Field(default_factory=PoolConfig)

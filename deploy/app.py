@@ -142,7 +142,7 @@ class _WorkerReplica:
         if config.handoff.ucx_tls:
             os.environ["UCX_TLS"] = config.handoff.ucx_tls  # UCX reads it once, when the first agent starts
         context = serve.get_replica_context()
-        self._host = ray.util.get_node_ip_address()
+        self._host = config.worker_host or ray.util.get_node_ip_address()
         model = await asyncio.to_thread(_load, config, getattr(config, self._role))
         self._worker = self._worker_class(model, config, worker_id=context.replica_id.unique_id, host=self._host)
         await self._worker.start()

@@ -19,9 +19,10 @@ import yaml
 from baton.config import Config
 from baton.errors import ConfigError, Unavailable
 
+LOOPBACK = "127.0.0.1"  # everything runs on this machine: nobody else needs to reach the workers
 READY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
-ORPHAN_TIMEOUT_S = 5.0
+ORPHAN_TIMEOUT_S = 3.0
 POLL_S = 0.1
 
 Progress = Callable[[str], None]
@@ -47,6 +48,7 @@ def up(config: Config, *, progress: Progress) -> Endpoints:
     """Starts the cluster and returns when it can serve. Raises ConfigError when it runs already, Unavailable when the
     start failed or took longer than ``READY_TIMEOUT_S``; nothing is left running then.
     """
+    config = config.with_flags({"worker_host": config.worker_host or LOOPBACK})
     folder = root() / config.name
     if _supervisor(folder) is not None:
         raise ConfigError(f"a cluster named {config.name!r} is running; `baton down` ends it", field="name")
@@ -92,10 +94,11 @@ def down(name: str, *, progress: Progress) -> bool:
             orphan.terminate()  # psutil checks the start time: a recycled pid is not touched
     _, stubborn = psutil.wait_procs(orphans, timeout=0.0 if alive else ORPHAN_TIMEOUT_S)
     for orphan in stubborn:
-        progress(f"killing pid {orphan.pid} ({_command(orphan)}), which did not stop by itself")
         with contextlib.suppress(psutil.NoSuchProcess):
             orphan.kill()
-    psutil.wait_procs(stubborn, timeout=ORPHAN_TIMEOUT_S)
+    _, immortal = psutil.wait_procs(stubborn, timeout=ORPHAN_TIMEOUT_S)
+    for process in immortal:
+        progress(f"pid {process.pid} ({_command(process)}) did not end")
     _remove_scratch(root() / name)
     return True
 

@@ -92,7 +92,6 @@ def _run(config: Config, folder: Path, scratch: Path, stop: threading.Event) -> 
             include_dashboard=False,
             log_to_driver=False,
             _temp_dir=str(scratch / "ray"),
-            _node_ip_address="127.0.0.1",
             namespace=config.name,
         )
         _serve(config, folder, stop)
