@@ -261,9 +261,8 @@ def seventy(gpus: int = 32, requests: int = 4000) -> None:
         goodput, (half, _) = max(zip(rates, halves, strict=True), key=lambda pair: pair[0])
         labels = {"model": "llama-3.1-70b", "hardware": "h200-sxm"}
         made = plans.make(found.best[0], found, trial, labels, mapper=executor.map)
-    made = replace(
-        made, alternatives=(*made.alternatives, plans.Alternative("1:1 " + scored[0][1].title, gpus, scored[0][0]))
-    )
+    even = plans.Alternative("equal halves: " + half.title, gpus, goodput)
+    made = replace(made, alternatives=(*made.alternatives, even))
     print("\n".join(made.story()))
     report.draw_plan(made, found, RESULTS / "plan-70b.png")
     (RESULTS / "plan-70b.yaml").write_text(made.to_yaml(), encoding="utf-8")
