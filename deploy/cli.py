@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS = 256
 
-app = typer.Typer(help="Prefill and decode on separate workers.", no_args_is_help=True, pretty_exceptions_enable=False)
+PLANNER_COMMANDS = ("plan", "workload", "profile", "tables")
+
+app = typer.Typer(
+    help="Prefill and decode on separate workers.",
+    epilog=f"Planner: {', '.join(PLANNER_COMMANDS)}. See docs/planner.md.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
@@ -180,11 +187,24 @@ def show(config: ConfigFile = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script. Every expected failure is one line on standard error and an exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments and arguments[0] in PLANNER_COMMANDS:
+        _add_planner()
     try:
-        app(args=argv, prog_name="baton")
+        app(args=arguments, prog_name="baton")
     except BatonError as error:
         _note(f"error: {error}")
         sys.exit(2 if isinstance(error, InvalidRequest | NotFound | ConfigError) else 1)
+
+
+def _add_planner() -> None:
+    """The planner's commands; they bring NumPy along, which clients do not wait for."""
+    from placement import cli, profile_cli
+
+    app.command("plan")(cli.plan)
+    app.add_typer(cli.workload_app, name="workload")
+    app.command("profile")(profile_cli.profile)
+    app.command("tables")(profile_cli.convert_tables)
 
 
 def _config(path: Path | None, flags: Mapping[str, object]) -> Config:

@@ -91,7 +91,9 @@ def _space(
 ) -> tuple[Space, dict[str, str]]:
     if profile is not None:
         measured = Profile.load(profile)
-        cost = ProfiledReplica(measured, codec="lossless", transport="nixl", kv_tokens=max(32768, longest))
+        cost = ProfiledReplica(
+            measured, codec="lossless", transport=next(iter(measured.wires)), kv_tokens=max(32768, longest)
+        )
         return profiled_space(cost), {"model": measured.model, "hardware": "worker as profiled"}
     shape, machine = ModelShape.load(model), Hardware.load(hardware)
     kernels = Tables.load(tables) if tables else None
