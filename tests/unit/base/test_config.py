@@ -40,7 +40,7 @@ def test_the_tree_of_a_configuration_gives_it_again() -> None:
 @pytest.mark.parametrize(
     ("tree", "field", "message"),
     [
-        ({"prefil": {}}, "prefil", "unknown key; allowed here: name, model, prefill, decode"),
+        ({"prefil": {}}, "prefil", "unknown key; allowed here: name, worker_host, model, prefill, decode"),
         ({"prefill": {"replica": 2}}, "prefill.replica", "allowed here: replicas, page_tokens"),
         ({"prefill": {"replicas": -1}}, "prefill.replicas", "greater than or equal to 0; got -1"),
         ({"prefill": {"replicas": "two"}}, "prefill.replicas", "got 'two'"),
