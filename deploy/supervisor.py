@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -31,7 +32,7 @@ OBJECT_STORE_BYTES = 100 << 20  # nothing large ever goes through Ray objects
 def environment(config: Config, folder: Path) -> dict[str, str]:
     """What Ray and Serve read once at import: HAProxy ingress with its files and ports private to this cluster."""
     haproxy = folder / "h"
-    ports = free_ports(2 * INGRESS_PORTS)
+    ports = free_ports(2 * INGRESS_PORTS + 2)
     return {
         "RAY_AUTH_MODE": "disabled",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -40,10 +41,11 @@ def environment(config: Config, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_ports(1)),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_ports(1)),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports + 2 * INGRESS_PORTS),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports + 2 * INGRESS_PORTS + 1),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        # Every reload leaves the streams of before to the old process: it must live as long as the longest of them.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(config.router.deadline_s)),
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(2 * config.router.max_inflight),
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": str(2 * config.router.max_inflight),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from baton.config import Config, parse
 from baton.wire import inference_pb2 as pb
 from baton.wire import inference_pb2_grpc
 from deploy import local
+from deploy.supervisor import free_ports
 
 CALL_TIMEOUT_S = 120.0
 MESSAGE_LIMIT = [("grpc.max_send_message_length", 100 << 20), ("grpc.max_receive_message_length", 100 << 20)]
@@ -113,12 +113,6 @@ class Client:
             time.sleep(0.1)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def start_cluster(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path
@@ -130,7 +124,8 @@ def start_cluster(
     @contextlib.contextmanager
     def start(name: str, **tree: Any) -> Iterator[Client]:
         tree["model"] = {"cache_dir": cache_dir, "dtype": "float32"} | tree.get("model", {})
-        tree["ingress"] = {"grpc_port": free_port(), "http_port": free_port()}
+        ports = free_ports(2)
+        tree["ingress"] = {"grpc_port": ports, "http_port": ports + 1}
         config: Config = parse({"name": name, **tree})
         home = tmp_path_factory.mktemp(name)
         with pytest.MonkeyPatch.context() as patch:
