@@ -32,15 +32,37 @@ class DecodeGroup:
     first: int  # row of the step
     count: int
     slots: torch.Tensor  # [count * longest] rows of the cache
-    mask: torch.Tensor | None  # [count, 1, 1, longest], 0 or -inf; None when nothing is padded
+    lengths: torch.Tensor  # [count] tokens that each query sees
+    longest: int
+    padded: bool
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """[count, 1, 1, longest], 0 or -inf; None when every query sees everything gathered."""
+        if not self.padded and (window is None or window >= self.longest):
+            return None
+        tokens = torch.arange(self.longest, device=self.lengths.device)
+        hidden = tokens >= self.lengths[:, None]
+        if window is not None:
+            hidden |= tokens < self.lengths[:, None] - window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, -torch.inf)[:, None, None]
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
     first: int
+    start: int
     count: int
     slots: torch.Tensor | None  # [start + count] rows of the cache; None when the chunk starts its sequence
-    mask: torch.Tensor | None  # [count, start + count], 0 or -inf: causal, aligned to the lower right
+
+    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        """[count, start + count], 0 or -inf, causal and aligned to the lower right; None for the plain triangle."""
+        end = self.start + self.count
+        if self.start == 0 and (window is None or window >= self.count):
+            return None
+        mask = torch.full((self.count, end), -torch.inf, dtype=dtype, device=device)
+        seen = mask.triu(self.start + 1)
+        return seen if window is None else seen + mask.tril(self.start - window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +70,34 @@ class AttentionPlan:
     decodes: tuple[DecodeGroup, ...]
     chunks: tuple[PrefillChunk, ...]
     written: torch.Tensor  # [rows] where in the cache each row's own KV goes
+    masks: dict[int | None, tuple[torch.Tensor | None, ...]]  # by window: the groups', then the chunks'
 
-    def attend(self, queries: torch.Tensor, fresh: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, queries: torch.Tensor, fresh: torch.Tensor, layer: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
         """Attention of every row of the step.
 
         queries: [rows, heads, head_dim]; fresh: [rows, 2 * kv_heads, head_dim], the step's own KV, already written to
         ``layer``: [slots, 2 * kv_heads, head_dim]. Returns [rows, heads * head_dim].
         """
+        masks = self._masks(window, queries)
         out = torch.empty_like(queries)
-        for group in self.decodes:
+        for group, mask in zip(self.decodes, masks, strict=False):
             rows = slice(group.first, group.first + group.count)
-            out[rows] = _decode(queries[rows], layer.index_select(0, group.slots), group.mask)
-        for chunk in self.chunks:
+            out[rows] = _decode(queries[rows], layer.index_select(0, group.slots), mask)
+        for chunk, mask in zip(self.chunks, masks[len(self.decodes) :], strict=True):
             rows = slice(chunk.first, chunk.first + chunk.count)
             context = fresh[rows] if chunk.slots is None else layer.index_select(0, chunk.slots)
-            out[rows] = _prefill(queries[rows], context, chunk.mask)
+            out[rows] = _prefill(queries[rows], context, mask)
         return out.flatten(1)
+
+    def _masks(self, window: int | None, queries: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Made once a step for each window that the model's layers have."""
+        if window not in self.masks:
+            dtype, device = queries.dtype, queries.device
+            decodes = [group.mask(window, dtype) for group in self.decodes]
+            self.masks[window] = (*decodes, *(chunk.mask(window, dtype, device) for chunk in self.chunks))
+        return self.masks[window]
 
 
 def _decode(queries: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -99,19 +133,17 @@ def _keys_values(context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, values
 
 
-def plan(
-    decodes: Sequence[Span], chunks: Sequence[Span], *, page_tokens: int, dtype: torch.dtype, device: torch.device
-) -> AttentionPlan:
+def plan(decodes: Sequence[Span], chunks: Sequence[Span], *, page_tokens: int, device: torch.device) -> AttentionPlan:
     """The plan of one step. ``decodes`` are sorted by falling context length; rows follow the order given."""
     groups, first = [], 0
     for members in _grouped(decodes):
-        groups.append(_decode_group(first, members, page_tokens, dtype, device))
+        groups.append(_decode_group(first, members, page_tokens, device))
         first += len(members)
     planned, written = [], [_own_slots(span, page_tokens) for span in (*decodes, *chunks)]
     for span in chunks:
-        planned.append(_prefill_chunk(first, span, page_tokens, dtype, device))
+        planned.append(_prefill_chunk(first, span, page_tokens, device))
         first += span.count
-    return AttentionPlan(tuple(groups), tuple(planned), torch.cat(written).to(device))
+    return AttentionPlan(tuple(groups), tuple(planned), torch.cat(written).to(device), {})
 
 
 def _grouped(decodes: Sequence[Span]) -> list[list[Span]]:
@@ -125,29 +157,22 @@ def _grouped(decodes: Sequence[Span]) -> list[list[Span]]:
     return groups
 
 
-def _decode_group(
-    first: int, members: Sequence[Span], page_tokens: int, dtype: torch.dtype, device: torch.device
-) -> DecodeGroup:
+def _decode_group(first: int, members: Sequence[Span], page_tokens: int, device: torch.device) -> DecodeGroup:
     lengths = torch.tensor([span.start + 1 for span in members])
-    longest = int(lengths[0])
+    longest = members[0].start + 1
     wide = -(-longest // page_tokens)
     # Padding reads the sequence's own first page: written, finite, and warm in the caches.
     table = torch.tensor([(span.pages + span.pages[:1] * wide)[:wide] for span in members])
-    slots = _slots_of(table, page_tokens)[:, :longest]
-    mask = None
-    if int(lengths[-1]) != longest:
-        padding = torch.arange(longest) >= lengths[:, None]
-        mask = torch.zeros(padding.shape, dtype=dtype).masked_fill_(padding, -torch.inf)[:, None, None].to(device)
-    return DecodeGroup(first, len(members), slots.reshape(-1).to(device), mask)
+    slots = _slots_of(table, page_tokens)[:, :longest].reshape(-1)
+    padded = members[-1].start + 1 != longest
+    return DecodeGroup(first, len(members), slots.to(device), lengths.to(device), longest, padded)
 
 
-def _prefill_chunk(first: int, span: Span, page_tokens: int, dtype: torch.dtype, device: torch.device) -> PrefillChunk:
+def _prefill_chunk(first: int, span: Span, page_tokens: int, device: torch.device) -> PrefillChunk:
     if span.start == 0:
-        return PrefillChunk(first, span.count, None, None)
-    end = span.start + span.count
-    slots = _slots_of(torch.tensor([span.pages]), page_tokens).reshape(-1)[:end]
-    mask = torch.full((span.count, end), -torch.inf, dtype=dtype).triu_(span.start + 1)
-    return PrefillChunk(first, span.count, slots.to(device), mask.to(device))
+        return PrefillChunk(first, 0, span.count, None)
+    slots = _slots_of(torch.tensor([span.pages]), page_tokens).reshape(-1)[: span.start + span.count]
+    return PrefillChunk(first, span.start, span.count, slots.to(device))
 
 
 def _own_slots(span: Span, page_tokens: int) -> torch.Tensor:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from baton.config import PoolConfig
 from baton.errors import ConfigError
 from engine import hub, weights
+from engine.cache import TORCH_DTYPES
 from engine.engine import Engine, LayerObserver
 from engine.model import Model
+from engine.ops import Ops, TorchOps
 from engine.spec import ModelSpec
 
 
@@ -20,10 +23,24 @@ def load_model(folder: Path, dtype: str, threads: int) -> Model:
     if threads:
         torch.set_num_threads(min(threads, os.cpu_count() or threads))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec = ModelSpec.from_folder(folder)
-    model = Model(spec, name=hub.describe(folder), dtype=weights.choose_dtype(dtype, device), device=device)
+    spec, compute = ModelSpec.from_folder(folder), weights.choose_dtype(dtype, device)
+    storage = weights.storage_dtype(folder, TORCH_DTYPES[compute])
+    model = Model(
+        spec,
+        name=hub.describe(folder),
+        dtype=compute,
+        device=device,
+        storage=storage,
+        ops=choose_ops(TORCH_DTYPES[compute], device),
+    )
     weights.load(model, folder)
+    model.pack()
     return model
+
+
+def choose_ops(dtype: torch.dtype, device: torch.device) -> Ops[Any]:
+    """The fastest operations there are for this device."""
+    return TorchOps(dtype, device)
 
 
 def build_engine(model: Model, pool: PoolConfig, max_context: int, observer: LayerObserver | None = None) -> Engine:

@@ -11,7 +11,7 @@ import torch
 
 from baton.errors import InvalidRequest, NotFound
 from baton.request import FinishReason, TokenEvent, Work
-from engine.attention import Span, plan
+from engine.attention import Span
 from engine.cache import KVCache
 from engine.model import Batch, Model
 from engine.pages import PagePool
@@ -204,13 +204,7 @@ class Engine:
             positions += range(part.start, end)
             if part.samples:
                 wanted.append(len(tokens) - 1)
-        attention = plan(
-            spans[:decodes],
-            spans[decodes:],
-            page_tokens=self.cache.page_tokens,
-            dtype=model.dtype,
-            device=model.device,
-        )
+        attention = model.ops.plan(spans[:decodes], spans[decodes:], self.cache.page_tokens)
 
         def indexes(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64, device=model.device)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, silu
 
+from baton.errors import ConfigError
 from baton.layout import Dtype, KVLayout
-from engine.attention import AttentionPlan
 from engine.cache import TORCH_DTYPES, KVCache
-from engine.spec import LinearRope, Llama3Rope, ModelSpec
+from engine.comm import Alone, Comm
+from engine.ops import Linear, Ops, TorchOps
+from engine.rope import rope_tables
+from engine.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,102 +25,151 @@ class Batch:
     tokens: Tensor  # [rows]
     positions: Tensor  # [rows]
     wanted: Tensor  # [logits rows] indexes of the rows whose logits are needed
-    attention: AttentionPlan
+    attention: Any  # what the model's ``ops.plan`` made of the step
+
+
+class Projection:
+    """A matrix [outputs, inputs] and perhaps a bias: raw while weights are loaded, then packed for the hardware."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+        self._linear: Linear | None = None
+
+    def pack(self, ops: Ops[Any]) -> None:
+        self._linear = ops.pack(self.weight, self.bias)
+        del self.weight, self.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self._linear is not None, "Model.pack comes before forward"
+        return self._linear(x)
+
+
+class Mlp:
+    """SwiGLU, with gate and up stacked in one matrix."""
+
+    def __init__(self, gate_up: Projection, down: Projection) -> None:
+        self.gate_up, self.down = gate_up, down
+
+    def pack(self, ops: Ops[Any]) -> None:
+        self.gate_up.pack(ops)
+        self.down.pack(ops)
+
+    def __call__(self, normed: Tensor, ops: Ops[Any]) -> Tensor:
+        """This rank's part [rows, hidden] of the output."""
+        return self.down(ops.silu_mul(self.gate_up(normed)))
 
 
 class Layer:
-    """One block's weights, with q, k, v stacked in one matrix and gate, up in another: two large products, not five."""
+    """One block's share of one rank: q, k, v stacked in one matrix. A layer of experts has another ``mlp``."""
 
-    def __init__(self, spec: ModelSpec, empty: Callable[..., Tensor], matrix: Callable[[int, int], Tensor]) -> None:
-        width = spec.heads * spec.head_dim
-        self.attention_norm = empty(spec.hidden)
-        self.qkv = matrix(width + 2 * spec.kv_heads * spec.head_dim, spec.hidden)
-        self.out = matrix(spec.hidden, width)
-        self.mlp_norm = empty(spec.hidden)
-        self.gate_up = matrix(2 * spec.intermediate, spec.hidden)
-        self.down = matrix(spec.hidden, spec.intermediate)
+    def __init__(self, attention_norm: Tensor, qkv: Projection, out: Projection, mlp_norm: Tensor, mlp: Mlp) -> None:
+        self.attention_norm, self.qkv, self.out = attention_norm, qkv, out
+        self.mlp_norm, self.mlp = mlp_norm, mlp
+
+    def pack(self, ops: Ops[Any]) -> None:
+        for part in (self.qkv, self.out, self.mlp):
+            part.pack(ops)
 
 
 class Model:
-    """Weights and the forward pass. ``engine.weights.load`` fills the weights, which start uninitialised."""
+    """One rank's weights and the forward pass.
 
-    def __init__(self, spec: ModelSpec, *, name: str, dtype: Dtype, device: torch.device) -> None:
+    ``engine.weights.load`` fills the weights, which start uninitialised, in ``storage`` (the checkpoint's dtype) where
+    they are matrices and in ``dtype`` where they are vectors; :meth:`pack` then makes them ready for :meth:`forward`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        name: str,
+        dtype: Dtype,
+        device: torch.device,
+        storage: torch.dtype | None = None,
+        ops: Ops[Any] | None = None,
+        comm: Comm | None = None,
+    ) -> None:
         self.spec, self.dtype, self.device = spec, TORCH_DTYPES[dtype], device
+        self.storage = storage or self.dtype
+        self.ops: Ops[Any] = ops or TorchOps(self.dtype, device)
+        self.comm = comm or Alone()
         self.layout = KVLayout(name, spec.layers, spec.kv_heads, spec.head_dim, dtype)
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=self.dtype, device=device)
-
-        def matrix(rows: int, columns: int) -> Tensor:
-            # float32 on CPU reads a transposed matrix faster, bf16 without hardware ten times slower: ADR 4.
-            transposed = dtype == "float32" and device.type == "cpu"
-            return empty(columns, rows).t() if transposed else empty(rows, columns)
-
-        self.embedding = empty(spec.vocab_size, spec.hidden)
-        self.layers = [Layer(spec, empty, matrix) for _ in range(spec.layers)]
-        self.norm = empty(spec.hidden)
-        self.head = self.embedding if spec.tied_head else empty(spec.vocab_size, spec.hidden)
+        ranks = self.comm.ranks
+        self.heads, self.kv_heads = _share(spec.heads, ranks), _share(spec.kv_heads, ranks)
+        self.intermediate, self.vocab = _share(spec.intermediate, ranks), _share(spec.vocab_size, ranks)
+        self.embedding = self._matrix(self.vocab, spec.hidden)
+        self.layers = [self._layer() for _ in range(spec.layers)]
+        self.norm = self._vector(spec.hidden)
+        self.head = Projection(self.embedding if spec.tied_head else self._matrix(self.vocab, spec.hidden))
         cos, sin = rope_tables(spec)
         self.cos, self.sin = cos.to(device, self.dtype), sin.to(device, self.dtype)
+
+    def pack(self) -> None:
+        """Once, after loading. Layer by layer, so that at most one matrix is there twice."""
+        for layer in self.layers:
+            layer.pack(self.ops)
+        self.head.pack(self.ops)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache, layer_written: Callable[[int], None] | None = None) -> Tensor:
         """Logits [wanted rows, vocab] of a step, whose KV is in ``cache`` afterwards.
 
-        ``layer_written(layer)`` is called when a layer's KV of all rows is in its pages, before the next one.
+        ``layer_written(layer)`` is called when every rank has a layer's KV of all rows in its pages, before the next
+        layer is computed.
         """
-        attention, positions, wanted = batch.attention, batch.positions, batch.wanted
-        hidden = self.embedding[batch.tokens]  # [rows, hidden]
-        cos, sin = self.cos[positions, None], self.sin[positions, None]  # [rows, 1, head_dim]
+        ops, comm, eps, last = self.ops, self.comm, self.spec.norm_eps, len(self.layers) - 1
+        rope = self.cos[batch.positions], self.sin[batch.positions]  # [rows, head_dim] each
+        hidden = self._embed(batch.tokens)  # [rows, hidden]
+        normed = ops.norm(hidden, self.layers[0].attention_norm, eps)
         for index, layer in enumerate(self.layers):
-            pages = cache.layers[index]
-            queries, fresh = self._queries_and_kv(layer, hidden, cos, sin)
-            pages.index_copy_(0, attention.written, fresh)
+            attended = self._attend(layer, normed, rope, cache.layers[index], batch.attention)
+            if index == last:  # only logits follow: the other rows need no output, no MLP
+                hidden, attended = hidden[batch.wanted], attended[batch.wanted]
+            mixed = comm.all_reduce(layer.out(attended))
             if layer_written is not None:
                 layer_written(index)
-            attended = attention.attend(queries, fresh, pages)
-            if index == len(self.layers) - 1:  # only logits follow: the other rows need no output, no MLP
-                hidden, attended = hidden[wanted], attended[wanted]
-            hidden = self._mix(layer, hidden, attended)
-        return linear(rms_norm(hidden, (self.spec.hidden,), self.norm, self.spec.norm_eps), self.head)
+            hidden, normed = ops.add_norm(hidden, mixed, layer.mlp_norm, eps)
+            mixed = comm.all_reduce(layer.mlp(normed, ops))
+            following = self.norm if index == last else self.layers[index + 1].attention_norm
+            hidden, normed = ops.add_norm(hidden, mixed, following, eps)
+        return comm.all_gather(self.head(normed))
 
-    def _queries_and_kv(self, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows, heads, head_dim] and [rows, 2 * kv_heads, head_dim], queries and keys rotated to their positions."""
-        spec = self.spec
-        normed = rms_norm(hidden, (spec.hidden,), layer.attention_norm, spec.norm_eps)
-        qkv = linear(normed, layer.qkv).view(-1, spec.heads + 2 * spec.kv_heads, spec.head_dim)
-        rotated = qkv[:, : spec.heads + spec.kv_heads]
-        swapped = rotated.roll(spec.head_dim // 2, dims=-1)  # the halves of each head; ``sin`` carries the sign
-        rotated.mul_(cos).addcmul_(swapped, sin)
-        return qkv[:, : spec.heads], qkv[:, spec.heads :]
+    def _attend(self, layer: Layer, normed: Tensor, rope: tuple[Tensor, Tensor], pages: Tensor, plan: Any) -> Tensor:
+        """[rows, heads * head_dim] of this rank; the rows' own KV is written to ``pages``."""
+        qkv = layer.qkv(normed).view(-1, self.heads + 2 * self.kv_heads, self.spec.head_dim)
+        self.ops.rope_write(plan, qkv, *rope, pages)
+        return self.ops.attend(plan, qkv, pages, None)
 
-    def _mix(self, layer: Layer, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Adds attention's output and then the MLP's. hidden: [rows, hidden], attended: [rows, heads * head_dim]."""
-        hidden = hidden + linear(attended, layer.out)
-        normed = rms_norm(hidden, (self.spec.hidden,), layer.mlp_norm, self.spec.norm_eps)
-        gate, up = linear(normed, layer.gate_up).chunk(2, dim=-1)  # [rows, intermediate] each
-        return hidden + linear(silu(gate).mul_(up), layer.down)
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """[rows, hidden]. Each rank looks up the tokens of its part of the vocabulary."""
+        if self.comm.ranks == 1:
+            return self.embedding[tokens].to(self.dtype)
+        local = tokens - self.comm.rank * self.vocab
+        absent = (local < 0) | (local >= self.vocab)
+        rows = self.embedding[local.masked_fill(absent, 0)].to(self.dtype)
+        return self.comm.all_reduce(rows.masked_fill_(absent[:, None], 0.0))
+
+    def _layer(self) -> Layer:
+        spec, width = self.spec, self.heads * self.spec.head_dim
+        return Layer(
+            self._vector(spec.hidden),
+            Projection(self._matrix(width + 2 * self.kv_heads * spec.head_dim, spec.hidden)),
+            Projection(self._matrix(spec.hidden, width)),
+            self._vector(spec.hidden),
+            Mlp(
+                Projection(self._matrix(2 * self.intermediate, spec.hidden)),
+                Projection(self._matrix(spec.hidden, self.intermediate)),
+            ),
+        )
+
+    def _matrix(self, rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=self.storage, device=self.device)
+
+    def _vector(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=self.dtype, device=self.device)
 
 
-def rope_tables(spec: ModelSpec) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [max_context, head_dim] in float32; the first half of ``sin`` is negated.
-
-    Rotary embedding (RoFormer, arXiv:2104.09864) in the half-split form of Hugging Face checkpoints.
-    """
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    frequencies = _scaled(1.0 / spec.rope_theta**exponents, spec)  # [head_dim / 2]
-    angles = torch.outer(torch.arange(spec.max_context, dtype=torch.float32), frequencies)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def _scaled(frequencies: Tensor, spec: ModelSpec) -> Tensor:
-    match spec.rope_scaling:
-        case None:
-            return frequencies
-        case LinearRope(factor):
-            return frequencies / factor
-        case Llama3Rope(factor, low, high, original):
-            turns = original * frequencies / (2 * math.pi)  # over the context the model was first trained on
-            kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-            return frequencies * (kept + (1.0 - kept) / factor)
+def _share(whole: int, ranks: int) -> int:
+    if whole % ranks:
+        raise ConfigError(f"{ranks} ranks cannot share {whole} evenly", field="tensor_parallel")
+    return whole // ranks

@@ -37,6 +37,12 @@ def _cpu_multiplies_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def storage_dtype(folder: Path, compute: torch.dtype) -> torch.dtype:
+    """What matrices are held in until they are packed: bfloat16 loses nothing of a bfloat16 checkpoint."""
+    _, first = next(_tensors(folder))
+    return torch.bfloat16 if first.dtype == torch.bfloat16 else compute
+
+
 def load(model: Model, folder: Path) -> None:
     """Fills ``model`` from the safetensors files in ``folder``. Raises :class:`ConfigError` for a file that is broken,
     a tensor that is missing, unknown or of the wrong shape."""
@@ -75,21 +81,21 @@ def _targets(model: Model) -> dict[str, torch.Tensor]:
     width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     targets = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
     if not spec.tied_head:
-        targets["lm_head.weight"] = model.head
+        targets["lm_head.weight"] = model.head.weight
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
-        q, k, v = torch.split(layer.qkv, [width, kv_width, kv_width])
-        gate, up = layer.gate_up.chunk(2)
+        q, k, v = torch.split(layer.qkv.weight, [width, kv_width, kv_width])
+        gate, up = layer.mlp.gate_up.weight.chunk(2)
         named = {
             "input_layernorm": layer.attention_norm,
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
             "self_attn.v_proj": v,
-            "self_attn.o_proj": layer.out,
+            "self_attn.o_proj": layer.out.weight,
             "post_attention_layernorm": layer.mlp_norm,
             "mlp.gate_proj": gate,
             "mlp.up_proj": up,
-            "mlp.down_proj": layer.down,
+            "mlp.down_proj": layer.mlp.down.weight,
         }
         targets |= {f"{prefix}{name}.weight": tensor for name, tensor in named.items()}
     return targets

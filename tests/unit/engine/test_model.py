@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from engine.attention import Span, plan
+from engine.attention import Span
 from engine.build import load_model
 from engine.cache import KVCache
 from engine.model import Batch, Model
@@ -35,7 +35,7 @@ def logits(model: Model, cache: KVCache, parts: list[tuple[list[int], Span]]) ->
     """Logits of all rows of one step. Parts of one token are decodes and come first."""
     decodes = [span for _, span in parts if span.count == 1]
     chunks = [span for _, span in parts if span.count > 1]
-    attention = plan(decodes, chunks, page_tokens=PAGE, dtype=model.dtype, device=model.device)
+    attention = model.ops.plan(decodes, chunks, PAGE)
     tokens = torch.tensor([token for row, _ in parts for token in row])
     positions = torch.cat([torch.arange(span.start, span.start + span.count) for _, span in parts])
     return model.forward(Batch(tokens, positions, torch.arange(len(tokens)), attention), cache).clone()
@@ -109,7 +109,7 @@ def test_a_mixed_step_equals_each_sequence_alone(tiny: Model, harness: Harness) 
 def test_layers_are_announced_in_order_with_their_kv_in_place(tiny: Model, harness: Harness) -> None:
     prompt, cache = harness.prompt(8), cache_for(tiny)
     span = Span(0, 8, (1, 0))
-    attention = plan([], [span], page_tokens=PAGE, dtype=tiny.dtype, device=tiny.device)
+    attention = tiny.ops.plan([], [span], PAGE)
     batch = Batch(torch.tensor(prompt), torch.arange(8), torch.tensor([7]), attention)
     seen: list[tuple[int, torch.Tensor]] = []
     tiny.forward(batch, cache, lambda layer: seen.append((layer, cache.gather(layer, (1, 0), 0, 8)[0])))
