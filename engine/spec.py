@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,32 @@ from typing import Any
 
 from baton.errors import ConfigError
 
-MODEL_TYPES = ("llama", "mistral")
+# What transformers' own class takes for a key that the file leaves out, where it is not the same for all families.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+}
+KNOWN_BY: Mapping[str, tuple[str, ...]] = {
+    "attention_bias": ("llama", "qwen2", "qwen3"),
+    "mlp_bias": ("llama",),
+    "sliding_window": ("mistral", "ministral", "qwen2", "qwen3"),
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True, slots=True)
 class LinearRope:
     """Positions divided by ``factor``."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicRope:
+    """NTK scaling that grows with the sequence once it is longer than ``max_context``, and is none before."""
 
     factor: float
 
@@ -30,12 +51,24 @@ class Llama3Rope:
     original_context: int
 
 
-RopeScaling = LinearRope | Llama3Rope | None
+@dataclass(frozen=True, slots=True)
+class YarnRope:
+    """YaRN (arXiv:2309.00071): as Llama 3.1 with the ramp along dimensions; queries and keys grow by a factor each."""
+
+    factor: float
+    original_context: int
+    attention_factor: float
+    beta_fast: float  # turns over the original context above which a frequency is kept
+    beta_slow: float  # and below which it is divided by ``factor``
+    whole_dimensions: bool  # the ramp's ends are rounded outwards
+
+
+RopeScaling = LinearRope | DynamicRope | Llama3Rope | YarnRope | None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder of the Llama family: pre-norm, rotary positions, grouped-query attention, gated SiLU, no biases."""
+    """A decoder of the Llama family: pre-norm, rotary positions, grouped-query attention, gated SiLU."""
 
     vocab_size: int
     hidden: int
@@ -51,6 +84,15 @@ class ModelSpec:
     max_context: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    qkv_bias: bool = False
+    out_bias: bool = False  # of attention's output matrix
+    mlp_bias: bool = False  # of gate, up and down
+    qk_norm: bool = False  # RMSNorm of every query and key head before it is rotated, with ``norm_eps``
+    windows: tuple[int | None, ...] = ()  # one per layer, as :meth:`window` says; empty when no layer has one
+
+    def window(self, layer: int) -> int | None:
+        """How many of the newest keys a query of ``layer`` sees, its own included; None when it sees all."""
+        return self.windows[layer] if self.windows else None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelSpec:
@@ -59,26 +101,39 @@ class ModelSpec:
         generation_path = Path(folder) / "generation_config.json"
         generation = _read(generation_path) if generation_path.exists() else {}
         _refuse_unsupported(config)
+        family = str(config["model_type"])
+        config = {**DEFAULTS[family], **config}
         heads, hidden = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
         kv_heads = _positive(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise ConfigError(f"{kv_heads} does not divide the {heads} attention heads", field="num_key_value_heads")
-        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        head_dim = _positive(config, "head_dim", hidden // heads)
+        if head_dim % 2:
+            raise ConfigError(f"is {head_dim}, rotary positions need an even number", field="head_dim")
+        rope = _rope_parameters(config)
+        scaling = _rope_scaling(rope, _positive(config, "max_position_embeddings"))
+        layers, max_context = _positive(config, "num_hidden_layers"), _max_context(config, scaling)
+        attention_bias = bool(config.get("attention_bias", False))
         return cls(
             vocab_size=_positive(config, "vocab_size"),
             hidden=hidden,
             intermediate=_positive(config, "intermediate_size"),
-            layers=_positive(config, "num_hidden_layers"),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=_positive(config, "head_dim", hidden // heads),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope),
+            head_dim=head_dim,
+            norm_eps=_number(config, "rms_norm_eps", 1e-6),
+            rope_theta=_number(rope, "rope_theta", _number(config, "rope_theta", 10000.0)),
+            rope_scaling=scaling,
             tied_head=bool(config.get("tie_word_embeddings", False)),
-            max_context=_positive(config, "max_position_embeddings"),
+            max_context=max_context,
             bos_token_id=next(iter(_ids(config.get("bos_token_id"))), None),
             eos_token_ids=tuple(sorted(_ids(config.get("eos_token_id")) | _ids(generation.get("eos_token_id")))),
+            qkv_bias=attention_bias or family == "qwen2",
+            out_bias=attention_bias and family != "qwen2",
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            windows=_windows(config, family, layers, max_context),
         )
 
 
@@ -95,13 +150,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(f"is {model_type!r}, supported: {', '.join(MODEL_TYPES)}", field="model_type")
-    required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
-    for key, wanted in required.items():
-        if config.get(key, wanted) != wanted:
-            raise ConfigError(f"is {config[key]!r}, supported: {wanted!r}", field=key)
+    family = config.get("model_type")
+    if family not in DEFAULTS:
+        raise ConfigError(f"is {family!r}, supported: {', '.join(DEFAULTS)}", field="model_type")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ConfigError(f"is {config['hidden_act']!r}, supported: 'silu'", field="hidden_act")
+    # Keys that transformers' classes of the other families ignore: a file that sets them was made for other code.
+    for key, families in KNOWN_BY.items():
+        if config.get(key) and family not in families:
+            raise ConfigError(f"is {config[key]!r}, which no {family} has", field=key)
     if config.get("quantization_config"):
         raise ConfigError("quantized weights are not supported", field="quantization_config")
 
@@ -115,7 +172,58 @@ def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -
     return value
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling:
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ConfigError(f"is {value!r}, expected a positive number", field=key)
+    return float(value)
+
+
+def _windows(config: Mapping[str, Any], family: str, layers: int, max_context: int) -> tuple[int | None, ...]:
+    """One window per layer; nothing when none is shorter than the context."""
+    switched_off = family.startswith("qwen") and not config.get("use_sliding_window", False)
+    if switched_off or config.get("sliding_window") is None:
+        if SLIDING in (config.get("layer_types") or ()):
+            raise ConfigError(f"names {SLIDING}, but no sliding_window is in use", field="layer_types")
+        return ()
+    window = _positive(config, "sliding_window")
+    kinds = _layer_types(config, family, layers)
+    windows = tuple(window if kind == SLIDING and window < max_context else None for kind in kinds)
+    return windows if any(windows) else ()
+
+
+def _layer_types(config: Mapping[str, Any], family: str, layers: int) -> list[str]:
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = config["max_window_layers"] if family.startswith("qwen") else 0
+        if type(first) is not int:
+            raise ConfigError(f"is {first!r}, expected a whole number", field="max_window_layers")
+        return [SLIDING if layer >= first else FULL for layer in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {SLIDING, FULL}:
+        raise ConfigError(f"must name {SLIDING} or {FULL} for each of {layers} layers", field="layer_types")
+    if family == "mistral" and FULL in kinds:
+        raise ConfigError("a mistral slides in every layer; model_type ministral mixes them", field="layer_types")
+    return kinds
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` (transformers 5) or ``rope_scaling`` (before), flat."""
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config.get(key) or {}
+        if not isinstance(value, dict) or any(isinstance(item, dict) for item in value.values()):
+            raise ConfigError("must be one object for all layers", field=key)
+        rope |= value
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise ConfigError(f"is {partial!r}, supported: 1.0", field="partial_rotary_factor")
+    return rope
+
+
+def _rope_scaling(rope: Mapping[str, Any], positions: int) -> RopeScaling:
+    """``positions``: max_position_embeddings, which is the original context unless the parameters name one."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     try:
         match kind:
@@ -123,13 +231,51 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling:
                 return None
             case "linear":
                 return LinearRope(float(rope["factor"]))
+            case "dynamic":
+                return DynamicRope(float(rope["factor"]))
             case "llama3":
                 low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-                return Llama3Rope(float(rope["factor"]), low, high, int(rope["original_max_position_embeddings"]))
+                return Llama3Rope(float(rope["factor"]), low, high, _original_context(rope, positions))
+            case "yarn":
+                return _yarn(rope, positions)
             case _:
-                raise ConfigError(f"is {kind!r}, supported: default, linear, llama3", field="rope_scaling.rope_type")
+                raise ConfigError(
+                    f"is {kind!r}, supported: default, linear, dynamic, llama3, yarn", field="rope_scaling.rope_type"
+                )
     except KeyError as error:
         raise ConfigError(f"{kind} scaling needs {error.args[0]}", field="rope_scaling") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{kind} scaling is not made of numbers: {error}", field="rope_scaling") from None
+
+
+def _yarn(rope: Mapping[str, Any], positions: int) -> YarnRope:
+    original = _original_context(rope, positions)
+    factor = float(rope["factor"]) if rope["factor"] is not None else positions / original
+    attention = rope.get("attention_factor")
+    if attention is None:
+        attention = _magnitude(factor, 1.0)
+        mscale, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
+        if mscale and all_dims:
+            attention = _magnitude(factor, mscale) / _magnitude(factor, all_dims)
+    fast, slow = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0
+    return YarnRope(factor, original, float(attention), float(fast), float(slow), bool(rope.get("truncate", True)))
+
+
+def _magnitude(factor: float, mscale: float) -> float:
+    """How much queries and keys must grow for a softmax over ``factor`` times the tokens (section 3.4)."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _original_context(rope: Mapping[str, Any], positions: int) -> int:
+    return _positive(rope, "original_max_position_embeddings", positions)
+
+
+def _max_context(config: Mapping[str, Any], scaling: RopeScaling) -> int:
+    """Qwen's cards add YaRN to a config whose max_position_embeddings stays at the original context."""
+    positions = _positive(config, "max_position_embeddings")
+    return (
+        max(positions, int(scaling.factor * scaling.original_context)) if isinstance(scaling, YarnRope) else positions
+    )
 
 
 def _ids(value: Any) -> set[int]:
