@@ -47,17 +47,21 @@ class ModelConfig(_Frozen):
 
 class PoolConfig(_Frozen):
     replicas: Annotated[int, Field(ge=0)] = Field(default=1, description="Worker processes in this pool.")
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1,
+        description="Ranks of one worker, a process each, that share every layer; divides the model's KV heads.",
+    )
     page_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, description="Tokens per KV page.")
     kv_tokens: Count = Field(default=16384, description="KV capacity of one worker, in tokens.")
     step_tokens: Count = Field(default=512, description="Token budget of one engine step (prefill chunks and decodes).")
     max_running: Count = Field(default=64, description="Most sequences in one step.")
     max_waiting: Count = Field(default=256, description="Most sequences that wait; beyond it RESOURCE_EXHAUSTED.")
     threads: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Torch threads of one worker; 0: its share of the cores."
+        default=0, description="Torch threads of one rank; 0: its share of the cores."
     )
-    cpus: Annotated[float, Field(gt=0)] = Field(default=0.5, description="Ray CPUs that one worker reserves.")
+    cpus: Annotated[float, Field(gt=0)] = Field(default=0.5, description="Ray CPUs that one rank reserves.")
     resources: dict[str, float] = Field(
-        default_factory=dict, description="Ray custom resources that one worker reserves."
+        default_factory=dict, description="Ray custom resources that one rank reserves."
     )
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ from engine.build import build_engine
 from engine.engine import Engine
 from engine.loop import EngineLoop
 from engine.model import Model
+from engine.ranks import Ranks
 from kvtransfer.handoff import Expired, Landed, Lost
 from kvtransfer.receiver import Receiver
 
@@ -52,11 +53,11 @@ class _Job:
 class DecodeWorker:
     """Serves Reserve, Decode and Cancel from routers."""
 
-    def __init__(self, model: Model, config: Config, *, worker_id: str, host: str) -> None:
+    def __init__(self, model: Model, config: Config, *, worker_id: str, host: str, ranks: Ranks | None = None) -> None:
         self.generation = secrets.token_hex(8)
         self.worker_id = worker_id
         self.failure: BaseException | None = None
-        self._engine = build_engine(model, config.decode, config.model.max_context)
+        self._engine = build_engine(model, config.decode, config.model.max_context, ranks=ranks)
         self.layout = self._engine.layout
         self._loop = EngineLoop(self._engine, self._computed, self._broke)
         identity = {"worker_id": worker_id, "generation": self.generation}
@@ -74,6 +75,7 @@ class DecodeWorker:
     async def start(self) -> None:
         self._events = asyncio.get_running_loop()
         self._loop.start()
+        self._engine.watch(self._broke)
         await self._receiver.start()
         await self._plane.start()
 
@@ -82,6 +84,7 @@ class DecodeWorker:
         await self._tasks.close()
         await self._receiver.close()
         await asyncio.to_thread(self._loop.stop, 10.0)
+        await asyncio.to_thread(self._engine.close)
 
     # ---- the token plane
 

@@ -27,7 +27,9 @@ from baton.wire import inference_pb2
 from decode_worker.worker import DecodeWorker
 from deploy.discovery import Directory
 from engine import hub
-from engine.build import load_model
+from engine.build import load_model, start_ranks
+from engine.model import Model
+from engine.ranks import Ranks
 from prefill_worker.worker import PrefillWorker
 from router.peers import Role
 from router.service import InferenceService
@@ -74,7 +76,11 @@ def _deployment(replica: type[Any], role: str, pool: PoolConfig) -> Any:
         replica,
         name=role,
         num_replicas=pool.replicas,
-        ray_actor_options={"num_cpus": pool.cpus, "resources": pool.resources},
+        # One actor stands for all its ranks, which are its child processes: they are placed together or not at all.
+        ray_actor_options={
+            "num_cpus": pool.cpus * pool.tensor_parallel,
+            "resources": {name: amount * pool.tensor_parallel for name, amount in pool.resources.items()},
+        },
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=GRACE_S,
     )
@@ -143,8 +149,10 @@ class _WorkerReplica:
             os.environ["UCX_TLS"] = config.handoff.ucx_tls  # UCX reads it once, when the first agent starts
         context = serve.get_replica_context()
         self._host = config.worker_host or ray.util.get_node_ip_address()
-        model = await asyncio.to_thread(_load, config, getattr(config, self._role))
-        self._worker = self._worker_class(model, config, worker_id=context.replica_id.unique_id, host=self._host)
+        model, ranks = await asyncio.to_thread(_load, config, getattr(config, self._role))
+        self._worker = self._worker_class(
+            model, config, worker_id=context.replica_id.unique_id, host=self._host, ranks=ranks
+        )
         await self._worker.start()
 
     def record_replica_metadata(self) -> dict[str, str | int]:
@@ -171,8 +179,11 @@ class DecodeReplica(_WorkerReplica):
     _worker_class = DecodeWorker
 
 
-def _load(config: Config, pool: PoolConfig) -> Any:
-    return load_model(_folder(config), config.model.dtype, pool.threads or _share_of_cores(config))
+def _load(config: Config, pool: PoolConfig) -> tuple[Model, Ranks | None]:
+    """This process's model; the other ranks, if there are any, load theirs meanwhile."""
+    folder, threads = _folder(config), pool.threads or _share_of_cores(config)
+    ranks = start_ranks(folder, config.model.dtype, threads, pool)
+    return load_model(folder, config.model.dtype, threads, ranks.comm if ranks is not None else None), ranks
 
 
 def _folder(config: Config) -> Path:
@@ -180,5 +191,6 @@ def _folder(config: Config) -> Path:
 
 
 def _share_of_cores(config: Config) -> int:
-    """Threads for one worker when all workers share this machine's cores evenly."""
-    return max(1, (os.cpu_count() or 1) // (config.prefill.replicas + config.decode.replicas))
+    """Threads for one rank when all ranks of all workers share this machine's cores evenly."""
+    ranks = sum(pool.replicas * pool.tensor_parallel for pool in (config.prefill, config.decode))
+    return max(1, (os.cpu_count() or 1) // ranks)

@@ -164,14 +164,14 @@ def _tell_replicas(folder: Path, app: str, told: threading.Event) -> None:
 
 def _cpus_needed(config: Config) -> int:
     pools = (config.prefill, config.decode)
-    return 2 + int(sum(pool.replicas * pool.cpus for pool in pools) + 0.1 * config.router.replicas + 1)
+    return 2 + int(sum(pool.replicas * pool.tensor_parallel * pool.cpus for pool in pools) + 0.1 * config.router.replicas + 1)
 
 
 def _resources_needed(config: Config) -> dict[str, float]:
     total: dict[str, float] = {}
     for pool in (config.prefill, config.decode):
         for name, amount in pool.resources.items():
-            total[name] = total.get(name, 0.0) + amount * pool.replicas
+            total[name] = total.get(name, 0.0) + amount * pool.replicas * pool.tensor_parallel
     return total
 
 

@@ -12,14 +12,33 @@ from baton.config import PoolConfig
 from baton.errors import ConfigError
 from engine import hub, weights
 from engine.cache import TORCH_DTYPES
+from engine.comm import Comm
 from engine.engine import Engine, LayerObserver
 from engine.model import Model
 from engine.ops import Ops, TorchOps
+from engine.ranks import Ranks
 from engine.spec import ModelSpec
 
 
-def load_model(folder: Path, dtype: str, threads: int) -> Model:
-    """The model in ``folder``, on CUDA when there is one. ``threads`` of torch on CPU; 0 keeps torch's own choice."""
+def start_ranks(folder: Path, dtype: str, threads: int, pool: PoolConfig) -> Ranks | None:
+    """The other ranks of one of ``pool``'s workers, loading by now; None when it has only one."""
+    if pool.tensor_parallel == 1:
+        return None
+    return Ranks(
+        folder,
+        ranks=pool.tensor_parallel,
+        dtype=dtype,
+        threads=threads,
+        pages=pool.kv_tokens // pool.page_tokens,
+        page_tokens=pool.page_tokens,
+    )
+
+
+def load_model(folder: Path, dtype: str, threads: int, comm: Comm | None = None) -> Model:
+    """The model in ``folder``, or the slice of ``comm``'s rank; on CUDA when there is one.
+
+    ``threads`` of torch on CPU; 0 keeps torch's own choice.
+    """
     if threads:
         torch.set_num_threads(min(threads, os.cpu_count() or threads))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,6 +51,7 @@ def load_model(folder: Path, dtype: str, threads: int) -> Model:
         device=device,
         storage=storage,
         ops=choose_ops(TORCH_DTYPES[compute], device),
+        comm=comm,
     )
     weights.load(model, folder)
     model.pack()
@@ -43,10 +63,21 @@ def choose_ops(dtype: torch.dtype, device: torch.device) -> Ops[Any]:
     return TorchOps(dtype, device)
 
 
-def build_engine(model: Model, pool: PoolConfig, max_context: int, observer: LayerObserver | None = None) -> Engine:
-    """An engine with ``pool``'s pages and limits. ``max_context`` tokens of one sequence must fit its pages."""
+def build_engine(
+    model: Model,
+    pool: PoolConfig,
+    max_context: int,
+    observer: LayerObserver | None = None,
+    ranks: Ranks | None = None,
+) -> Engine:
+    """An engine with ``pool``'s pages and limits. ``max_context`` tokens of one sequence must fit its pages.
+
+    ``ranks`` of :func:`start_ranks` are waited for, and belong to the engine from then on.
+    """
     if pool.kv_tokens < min(max_context, model.spec.max_context):
         raise ConfigError(f"{pool.kv_tokens} cannot hold one context of {max_context} tokens", field="kv_tokens")
+    if ranks is not None:
+        ranks.await_ready()
     return Engine(
         model,
         page_tokens=pool.page_tokens,
@@ -55,4 +86,5 @@ def build_engine(model: Model, pool: PoolConfig, max_context: int, observer: Lay
         max_running=pool.max_running,
         max_waiting=pool.max_waiting,
         observer=observer,
+        ranks=ranks,
     )

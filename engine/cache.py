@@ -18,14 +18,25 @@ class KVCache:
     ``gather`` and ``scatter`` may be called from any thread on pages that the engine thread is not writing.
     """
 
-    def __init__(self, layout: KVLayout, *, pages: int, page_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        pages: int,
+        page_tokens: int,
+        device: torch.device,
+        memory: torch.Tensor | None = None,
+    ) -> None:
+        """``memory``: ``pages * page_tokens * layout.token_bytes`` zero bytes to lie in; None takes its own."""
         self.layout = layout
         self.page_tokens = page_tokens
         shape = (pages * page_tokens, 2 * layout.kv_heads, layout.head_dim)
+        dtype = TORCH_DTYPES[layout.dtype]
+        if memory is not None:
+            self.layers = list(memory.view(dtype).view(layout.layers, *shape))
+            return
         # Zeros, not garbage: padding rows are read (then masked), and a NaN would survive the mask.
-        self.layers = [
-            torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype], device=device) for _ in range(layout.layers)
-        ]
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.layers)]
 
     @property
     def bytes(self) -> int:

@@ -6,6 +6,16 @@ from typing import Protocol
 
 from torch import Tensor
 
+from baton.errors import Unavailable
+
+
+class RankLost(Unavailable):
+    """A rank died, or did not reach the same point of the step in time. The replica is of no more use."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} is lost: {reason}")
+        self.rank = rank
+
 
 class Comm(Protocol):
     """Every rank calls the same methods in the same order with tensors of the same shape, empty ones included."""
@@ -19,8 +29,11 @@ class Comm(Protocol):
     def all_reduce(self, part: Tensor) -> Tensor:
         """The sum of all ranks' ``part`` [rows, width]; may reuse its memory."""
 
-    def all_gather(self, part: Tensor) -> Tensor:
-        """All ranks' ``part`` [rows, width] side by side in the order of ranks: [rows, ranks * width]."""
+    def gather(self, part: Tensor) -> Tensor:
+        """On rank 0, all ranks' ``part`` [rows, width] side by side in the order of ranks: [rows, ranks * width].
+
+        The others, which sample nothing, get their own ``part`` back.
+        """
 
 
 class Alone:
@@ -32,5 +45,5 @@ class Alone:
     def all_reduce(self, part: Tensor) -> Tensor:
         return part
 
-    def all_gather(self, part: Tensor) -> Tensor:
+    def gather(self, part: Tensor) -> Tensor:
         return part

@@ -13,10 +13,13 @@ from baton.errors import InvalidRequest, NotFound
 from baton.request import FinishReason, TokenEvent, Work
 from engine.attention import Span
 from engine.cache import KVCache
-from engine.model import Batch, Model
+from engine.model import Model
 from engine.pages import PagePool
+from engine.ranks import Ranks
+from engine.runner import Runner, Step
 from engine.sampler import Choice, Row, TokenCounts, counts_for, sample
 from engine.scheduler import Job, Scheduler, Slice, Timing
+from engine.shared_cache import SharedKVCache
 
 REMEMBERED_TIMINGS = 1024  # of released sequences; their owner asks right after the last token
 
@@ -89,10 +92,16 @@ class Engine:
         max_running: int,
         max_waiting: int,
         observer: LayerObserver | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        """``ranks`` of a tensor-parallel model hold the cache of ``pages`` pages, and are closed with the engine."""
         self.layout = model.layout
-        self.cache = KVCache(model.layout, pages=pages, page_tokens=page_tokens, device=model.device)
-        self._model = model
+        self.cache: KVCache | SharedKVCache
+        if ranks is None:
+            own = self.cache = KVCache(model.layout, pages=pages, page_tokens=page_tokens, device=model.device)
+        else:
+            self.cache, own = ranks.cache, ranks.cache.shards[0]
+        self._model, self._runner, self._ranks = model, Runner(model, own), ranks
         self._observer = observer
         self._pool = PagePool(pages, page_tokens)
         self._scheduler = Scheduler(
@@ -178,6 +187,16 @@ class Engine:
         """Raises :class:`engine.pages.PageIntegrityError` when a page leaked or has two owners."""
         self._scheduler.check_integrity()
 
+    def watch(self, on_failure: Callable[[BaseException], None]) -> None:
+        """``on_failure`` is called, on another thread, when a rank dies: also while no step would notice."""
+        if self._ranks is not None:
+            self._ranks.watch(on_failure)
+
+    def close(self) -> None:
+        """Ends the other ranks. No step may run any more."""
+        if self._ranks is not None:
+            self._ranks.close()
+
     def _job(self, work: Work, prefill_only: bool) -> Job:
         worst = max(work.prompt, default=0)
         if worst >= self._model.spec.vocab_size or min(work.prompt, default=0) < 0:
@@ -193,24 +212,17 @@ class Engine:
 
     def _forward(self, ordered: Sequence[Slice], decodes: int) -> torch.Tensor:
         """Logits [slices that sample, vocab]; the step's KV is in the pages afterwards."""
-        model = self._model
-        spans = [Span(part.start, part.count, part.pages) for part in ordered]
         tokens: list[int] = []
-        positions: list[int] = []
         wanted = []
         for part in ordered:
-            end = part.start + part.count
-            tokens += self._active[part.request_id].tokens[part.start : end]
-            positions += range(part.start, end)
+            tokens += self._active[part.request_id].tokens[part.start : part.start + part.count]
             if part.samples:
                 wanted.append(len(tokens) - 1)
-        attention = model.ops.plan(spans[:decodes], spans[decodes:], self.cache.page_tokens)
-
-        def indexes(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=model.device)
-
-        batch = Batch(indexes(tokens), indexes(positions), indexes(wanted), attention)
-        return model.forward(batch, self.cache, self._announcement(ordered))
+        spans = tuple(Span(part.start, part.count, part.pages) for part in ordered)
+        step = Step(tuple(tokens), tuple(wanted), spans, decodes)
+        if self._ranks is not None:
+            self._ranks.send(step)
+        return self._runner.run(step, self._announcement(ordered))
 
     def _announcement(self, ordered: Sequence[Slice]) -> Callable[[int], None] | None:
         observer = self._observer

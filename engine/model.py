@@ -112,7 +112,7 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache, layer_written: Callable[[int], None] | None = None) -> Tensor:
-        """Logits [wanted rows, vocab] of a step, whose KV is in ``cache`` afterwards.
+        """Logits [wanted rows, vocab] of a step, on rank 0; the step's KV is in ``cache`` afterwards.
 
         ``layer_written(layer)`` is called when every rank has a layer's KV of all rows in its pages, before the next
         layer is computed.
@@ -132,7 +132,7 @@ class Model:
             mixed = comm.all_reduce(layer.mlp(normed, ops))
             following = self.norm if index == last else self.layers[index + 1].attention_norm
             hidden, normed = ops.add_norm(hidden, mixed, following, eps)
-        return comm.all_gather(self.head(normed))
+        return comm.gather(self.head(normed))
 
     def _attend(self, layer: Layer, normed: Tensor, rope: tuple[Tensor, Tensor], pages: Tensor, plan: Any) -> Tensor:
         """[rows, heads * head_dim] of this rank; the rows' own KV is written to ``pages``."""

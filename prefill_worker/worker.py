@@ -27,6 +27,7 @@ from engine.build import build_engine
 from engine.engine import Chunk, Engine
 from engine.loop import EngineLoop
 from engine.model import Model
+from engine.ranks import Ranks
 from kvtransfer.handoff import Expired, Landed, Lost
 from kvtransfer.outgoing import Outgoing
 from kvtransfer.sender import Sender
@@ -47,11 +48,11 @@ class _Job:
 class PrefillWorker:
     """Serves Prefill and Cancel from routers. ``on_fatal`` is called when the process is no longer of use."""
 
-    def __init__(self, model: Model, config: Config, *, worker_id: str, host: str) -> None:
+    def __init__(self, model: Model, config: Config, *, worker_id: str, host: str, ranks: Ranks | None = None) -> None:
         self.generation = secrets.token_hex(8)
         self.worker_id = worker_id
         self.failure: BaseException | None = None
-        self._engine = build_engine(model, config.prefill, config.model.max_context, observer=self)
+        self._engine = build_engine(model, config.prefill, config.model.max_context, observer=self, ranks=ranks)
         self.layout = self._engine.layout
         self._loop = EngineLoop(self._engine, self._computed, self._broke)
         identity = {"worker_id": worker_id, "generation": self.generation}
@@ -68,6 +69,7 @@ class PrefillWorker:
     async def start(self) -> None:
         self._events = asyncio.get_running_loop()
         self._loop.start()
+        self._engine.watch(self._broke)
         await self._sender.start()
         await self._plane.start()
 
@@ -76,6 +78,7 @@ class PrefillWorker:
         await self._tasks.close()
         await self._sender.close()
         await asyncio.to_thread(self._loop.stop, 10.0)
+        await asyncio.to_thread(self._engine.close)
 
     # ---- the token plane
 
