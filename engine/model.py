@@ -62,9 +62,20 @@ class Mlp:
 class Layer:
     """One block's share of one rank: q, k, v stacked in one matrix. A layer of experts has another ``mlp``."""
 
-    def __init__(self, attention_norm: Tensor, qkv: Projection, out: Projection, mlp_norm: Tensor, mlp: Mlp) -> None:
+    def __init__(
+        self,
+        attention_norm: Tensor,
+        qkv: Projection,
+        out: Projection,
+        mlp_norm: Tensor,
+        mlp: Mlp,
+        *,
+        head_norms: tuple[Tensor, Tensor] | None = None,  # of queries and keys, [head_dim] each
+        window: int | None = None,
+    ) -> None:
         self.attention_norm, self.qkv, self.out = attention_norm, qkv, out
         self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.head_norms, self.window = head_norms, window
 
     def pack(self, ops: Ops[Any]) -> None:
         for part in (self.qkv, self.out, self.mlp):
@@ -98,7 +109,7 @@ class Model:
         self.heads, self.kv_heads = _share(spec.heads, ranks), _share(spec.kv_heads, ranks)
         self.intermediate, self.vocab = _share(spec.intermediate, ranks), _share(spec.vocab_size, ranks)
         self.embedding = self._matrix(self.vocab, spec.hidden)
-        self.layers = [self._layer() for _ in range(spec.layers)]
+        self.layers = [self._layer(index) for index in range(spec.layers)]
         self.norm = self._vector(spec.hidden)
         self.head = Projection(self.embedding if spec.tied_head else self._matrix(self.vocab, spec.hidden))
         cos, sin = rope_tables(spec)
@@ -137,8 +148,16 @@ class Model:
     def _attend(self, layer: Layer, normed: Tensor, rope: tuple[Tensor, Tensor], pages: Tensor, plan: Any) -> Tensor:
         """[rows, heads * head_dim] of this rank; the rows' own KV is written to ``pages``."""
         qkv = layer.qkv(normed).view(-1, self.heads + 2 * self.kv_heads, self.spec.head_dim)
+        if layer.head_norms is not None:
+            self._norm_heads(qkv, *layer.head_norms)
         self.ops.rope_write(plan, qkv, *rope, pages)
-        return self.ops.attend(plan, qkv, pages, None)
+        return self.ops.attend(plan, qkv, pages, layer.window)
+
+    def _norm_heads(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> None:
+        """In place, before rotation (Qwen3). qkv: [rows, heads + 2 * kv_heads, head_dim]."""
+        queries, keys, _ = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        for part, weight in ((queries, query_norm), (keys, key_norm)):
+            part.copy_(self.ops.norm(part.reshape(-1, weight.shape[0]), weight, self.spec.norm_eps).view(part.shape))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """[rows, hidden]. Each rank looks up the tokens of its part of the vocabulary."""
@@ -149,18 +168,24 @@ class Model:
         rows = self.embedding[local.masked_fill(absent, 0)].to(self.dtype)
         return self.comm.all_reduce(rows.masked_fill_(absent[:, None], 0.0))
 
-    def _layer(self) -> Layer:
-        spec, width = self.spec, self.heads * self.spec.head_dim
+    def _layer(self, index: int) -> Layer:
+        spec, head_dim = self.spec, self.spec.head_dim
         return Layer(
             self._vector(spec.hidden),
-            Projection(self._matrix(width + 2 * self.kv_heads * spec.head_dim, spec.hidden)),
-            Projection(self._matrix(spec.hidden, width)),
+            self._projection((self.heads + 2 * self.kv_heads) * head_dim, spec.hidden, spec.qkv_bias),
+            self._projection(spec.hidden, self.heads * head_dim, spec.out_bias and self.comm.rank == 0),
             self._vector(spec.hidden),
             Mlp(
-                Projection(self._matrix(2 * self.intermediate, spec.hidden)),
-                Projection(self._matrix(spec.hidden, self.intermediate)),
+                self._projection(2 * self.intermediate, spec.hidden, spec.mlp_bias),
+                self._projection(spec.hidden, self.intermediate, spec.mlp_bias and self.comm.rank == 0),
             ),
+            head_norms=(self._vector(head_dim), self._vector(head_dim)) if spec.qk_norm else None,
+            window=spec.window(index),
         )
+
+    def _projection(self, outputs: int, inputs: int, biased: bool) -> Projection:
+        """The ranks' outputs of a matrix split by columns are added up, so that only one of them may have its bias."""
+        return Projection(self._matrix(outputs, inputs), self._vector(outputs) if biased else None)
 
     def _matrix(self, rows: int, columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=self.storage, device=self.device)
