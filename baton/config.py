@@ -19,6 +19,7 @@ CodecName = Literal["raw", "lossless", "int8"]
 TransportName = Literal["nixl", "tcp", "loopback"]
 QualityFloor = Literal["exact", "int8"]
 CODECS: tuple[str, ...] = get_args(CodecName)
+EXACT_CODECS: frozenset[str] = frozenset(("raw", "lossless"))  # what lands is what was sent, to the last bit
 TRANSPORTS: tuple[str, ...] = get_args(TransportName)
 
 Count = Annotated[int, Field(ge=1)]
@@ -54,6 +55,11 @@ class PoolConfig(_Frozen):
     page_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, description="Tokens per KV page.")
     kv_tokens: Count = Field(default=16384, description="KV capacity of one worker, in tokens.")
     step_tokens: Count = Field(default=512, description="Token budget of one engine step (prefill chunks and decodes).")
+    mixed_tokens: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Most prompt tokens of a step that also decodes; 0: as many as about double a decode step's time.",
+    )
+    prefix_cache: bool = Field(default=True, description="Keep KV pages for later prompts that begin alike.")
     max_running: Count = Field(default=64, description="Most sequences in one step.")
     max_waiting: Count = Field(default=256, description="Most sequences that wait; beyond it RESOURCE_EXHAUSTED.")
     threads: Annotated[int, Field(ge=0)] = Field(

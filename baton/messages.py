@@ -121,6 +121,7 @@ class Load:
     buffer_bytes_total: int
     buffer_bytes_quarantined: int
     pages_high_water: int = 0
+    pages_cached: int = 0  # in the prefix cache, used or free: unlike the others it stays when the worker is idle
 
 
 PLANE = Registry(Reserve, Prefill, Decode, Cancel, Hello, Granted, Tokens, Report, Handed, Failed, Load)

@@ -19,7 +19,7 @@ from typing import TypeVar, assert_never
 
 from torch import Tensor
 
-from baton.config import Config
+from baton.config import EXACT_CODECS, Config
 from baton.errors import BatonError, DeadlineExceeded, Unavailable
 from baton.frames import FrameStream
 from baton.messages import Cancel, Decode, Granted, Hello, Load, Report, Reserve, Tokens
@@ -111,6 +111,7 @@ class DecodeWorker:
             pages_used=held.pages_used,
             pages_total=held.pages_total,
             pages_high_water=held.pages_high_water,
+            pages_cached=held.pages_cached,
             handoffs=landing.leases,
             buffer_bytes_used=landing.landing_bytes_used,
             buffer_bytes_total=landing.landing_bytes_total,
@@ -161,7 +162,8 @@ class DecodeWorker:
         match await self._receiver.outcome(work.request_id):
             case Landed() as landed:
                 job.landed, job.landed_s = landed, time.monotonic()
-                await self._on_engine(lambda engine: engine.start(work.request_id, landed.first))
+                exact = message.codec in EXACT_CODECS
+                await self._on_engine(lambda engine: engine.start(work.request_id, landed.first, exact=exact))
                 if landed.first.finish:
                     job.finished.set_result(None)
             case Lost(reason=reason):

@@ -85,6 +85,8 @@ def build_engine(
         step_tokens=pool.step_tokens,
         max_running=pool.max_running,
         max_waiting=pool.max_waiting,
+        mixed_tokens=pool.mixed_tokens,
+        prefix_cache=pool.prefix_cache,
         observer=observer,
         ranks=ranks,
     )

@@ -57,6 +57,16 @@ class KVCache:
         rows = torch.cat((k, v), dim=1).to(self.layers[layer])
         self.layers[layer].index_copy_(0, slots, rows)
 
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies whole pages, every layer. All sources are read before any target is written: they may overlap."""
+        if not sources:
+            return
+        device = self.layers[0].device
+        read, written = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+        for layer in self.layers:
+            pages = layer.view(-1, self.page_tokens, *layer.shape[1:])  # [pages, page_tokens, 2 * kv_heads, head_dim]
+            pages.index_copy_(0, written, pages.index_select(0, read))
+
     def _slots(self, pages: Sequence[int], start: int, count: int) -> torch.Tensor:
         if start < 0 or start + count > len(pages) * self.page_tokens:
             raise IndexError(f"tokens [{start}, {start + count}) lie outside {len(pages)} pages of {self.page_tokens}")

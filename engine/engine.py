@@ -5,28 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from baton.errors import InvalidRequest, NotFound
-from baton.request import FinishReason, TokenEvent, Work
+from baton.request import TokenEvent, Work
+from engine.active import Active
 from engine.attention import Span
 from engine.cache import KVCache
 from engine.model import Model
+from engine.pace import Pace
 from engine.pages import PagePool
 from engine.ranks import Ranks
 from engine.runner import Runner, Step
-from engine.sampler import Choice, Row, TokenCounts, counts_for, sample
-from engine.scheduler import Job, Scheduler, Slice, Timing
+from engine.sampler import Choice, Row, sample
+from engine.scheduler import Scheduler
+from engine.sequence import Job, Slice, Timing
 from engine.shared_cache import SharedKVCache
+
+T = TypeVar("T")
 
 REMEMBERED_TIMINGS = 1024  # of released sequences; their owner asks right after the last token
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens ``[start, start + count)`` of a sequence that were computed in this step.
+    """Tokens ``[start, start + count)`` of a sequence, computed in this step or found in the prefix cache before it.
 
     ``pages`` is the sequence's whole block table, as :meth:`engine.cache.KVCache.gather` takes it.
     """
@@ -42,7 +47,8 @@ class LayerObserver(Protocol):
 
     def layer_written(self, layer: int, chunks: Sequence[Chunk]) -> None:
         """Called on the engine thread, right after ``layer``'s K and V of this step's prefill_only chunks are in their
-        pages. Must return quickly. The pages stay as they are until the sequence is released."""
+        pages. The chunks of a sequence join up to its whole prompt. Must return quickly. The pages stay as they are
+        until the sequence is released."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +56,12 @@ class EngineLoad:
     waiting: int  # sequences that are not in the running batch
     waiting_tokens: int  # known tokens not yet computed, decodes aside
     running: int
-    pages_used: int
+    pages_used: int  # by sequences; pages that only the prefix cache holds are free
     pages_total: int
     pages_high_water: int
-
-
-@dataclass(slots=True)
-class _Active:
-    work: Work
-    tokens: list[int]  # prompt and output
-    counts: TokenCounts | None
-
-    @property
-    def outputs(self) -> int:
-        return len(self.tokens) - len(self.work.prompt)
-
-    def append(self, token: int) -> None:
-        self.tokens.append(token)
-        if self.counts is not None:
-            self.counts.add(token)
-
-    def finish(self) -> FinishReason | None:
-        """Why the sequence ends with its newest token, or None."""
-        sampling = self.work.sampling
-        newest = self.tokens[-1]
-        if newest in sampling.eos_token_ids or newest in sampling.stop_token_ids:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if self.outputs >= sampling.max_tokens else None
+    pages_cached: int  # in the prefix cache, used or free
+    entered_tokens: int  # so far, of sequences that got their pages (again after each preemption)
+    hit_tokens: int  # of these, not computed because their KV was in the prefix cache
 
 
 class Engine:
@@ -91,10 +76,15 @@ class Engine:
         step_tokens: int,
         max_running: int,
         max_waiting: int,
+        mixed_tokens: int = 0,
+        prefix_cache: bool = True,
         observer: LayerObserver | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """``ranks`` of a tensor-parallel model hold the cache of ``pages`` pages, and are closed with the engine."""
+        """``ranks`` of a tensor-parallel model hold the cache of ``pages`` pages, and are closed with the engine.
+
+        mixed_tokens: most prompt tokens of a step that also decodes; 0 leaves it to :class:`engine.pace.Pace`.
+        """
         self.layout = model.layout
         self.cache: KVCache | SharedKVCache
         if ranks is None:
@@ -105,9 +95,15 @@ class Engine:
         self._observer = observer
         self._pool = PagePool(pages, page_tokens)
         self._scheduler = Scheduler(
-            self._pool, step_tokens=step_tokens, max_running=max_running, max_waiting=max_waiting
+            self._pool,
+            step_tokens=step_tokens,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            mixed_tokens=mixed_tokens or None,
         )
-        self._active: dict[str, _Active] = {}
+        self._pace = None if mixed_tokens else Pace()
+        self._salt = model.layout.fingerprint.encode() if prefix_cache else None
+        self._active: dict[str, Active] = {}
         self._past_timings: dict[str, Timing] = {}
         self.blocked = False  # the last step found work but could run none: it waits for pages that others hold
 
@@ -117,25 +113,25 @@ class Engine:
         Raises :class:`baton.errors.Overloaded` when too many wait and :class:`baton.errors.InvalidRequest` when it can
         never fit.
         """
-        self._scheduler.add(self._job(work, prefill_only), time.monotonic())
-        self._enter(work)
+        self._enter(work, prefill_only, self._scheduler.add)
 
     def reserve(self, work: Work) -> tuple[int, ...]:
         """Pages for the prompt, taken now, whose KV someone else will write. Raises as :meth:`add` does."""
-        pages = self._scheduler.reserve(self._job(work, False), time.monotonic())
-        self._enter(work)
-        return pages
+        return self._enter(work, False, self._scheduler.reserve)
 
-    def start(self, request_id: str, first: TokenEvent) -> None:
-        """The reserved pages hold the whole prompt's KV, and ``first`` was emitted elsewhere: decode from there on."""
+    def start(self, request_id: str, first: TokenEvent, *, exact: bool = True) -> None:
+        """The reserved pages hold the whole prompt's KV, and ``first`` was emitted elsewhere: decode from there on.
+
+        exact: no lossy codec changed the KV. Only then may it serve other sequences from the prefix cache.
+        """
         active = self._active.get(request_id)
         if active is None:
             raise NotFound("request_id", f"no sequence {request_id} here")
         if first.finish:
             self.release(request_id)
             return
-        self._scheduler.start(request_id)
-        active.append(first.token)
+        self._scheduler.start(request_id, exact=exact)
+        self._append(active, first.token)
 
     def release(self, request_id: str) -> bool:
         """Frees everything the sequence holds, whatever its state. False when there is none (any more)."""
@@ -149,7 +145,10 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Computes one step and returns its new tokens. Empty also when sequences wait for pages that others hold."""
-        slices = self._scheduler.schedule(time.monotonic())
+        started_s = time.monotonic()
+        if self._pace is not None:
+            self._scheduler.mixed_tokens = self._pace.mixed_tokens(self._scheduler.step_tokens)
+        slices = self._scheduler.schedule(started_s)
         self.blocked = not slices and self.has_work
         if not slices:
             return []
@@ -159,7 +158,11 @@ class Engine:
         sampled = [part for part in ordered if part.samples]
         logits = self._forward(ordered, len(decodes))
         choices = sample(logits, [self._row(part) for part in sampled]) if sampled else []
-        self._scheduler.advance(ordered, time.monotonic())
+        ended_s = time.monotonic()
+        if self._pace is not None:
+            prompt_tokens = sum(part.count for part in ordered[len(decodes) :])
+            self._pace.observe(len(decodes), prompt_tokens, ended_s - started_s)
+        self._scheduler.advance(ordered, ended_s)
         return [self._emit(part, choice) for part, choice in zip(sampled, choices, strict=True)]
 
     @property
@@ -180,11 +183,19 @@ class Engine:
     def load(self) -> EngineLoad:
         scheduler, pool = self._scheduler, self._pool
         return EngineLoad(
-            scheduler.waiting, scheduler.waiting_tokens, scheduler.running, pool.used, pool.total, pool.high_water
+            scheduler.waiting,
+            scheduler.waiting_tokens,
+            scheduler.running,
+            pool.used,
+            pool.total,
+            pool.high_water,
+            pages_cached=pool.kept,
+            entered_tokens=scheduler.holdings.entered_tokens,
+            hit_tokens=scheduler.holdings.hit_tokens,
         )
 
     def check_integrity(self) -> None:
-        """Raises :class:`engine.pages.PageIntegrityError` when a page leaked or has two owners."""
+        """Raises :class:`engine.pages.PageIntegrityError` when a page leaked, has two owners or is cached wrongly."""
         self._scheduler.check_integrity()
 
     def watch(self, on_failure: Callable[[BaseException], None]) -> None:
@@ -197,18 +208,29 @@ class Engine:
         if self._ranks is not None:
             self._ranks.close()
 
-    def _job(self, work: Work, prefill_only: bool) -> Job:
+    def _enter(self, work: Work, prefill_only: bool, enter: Callable[[Job, float], T]) -> T:
+        """``enter`` takes the sequence into the scheduler, or refuses it."""
+        self._validate(work, prefill_only)
+        active, sampling = Active(work, self._pool.page_tokens, self._salt), work.sampling
+        job = Job(work.request_id, len(work.prompt), sampling.max_tokens, work.priority, prefill_only, active.keys)
+        entered = enter(job, time.monotonic())
+        self._past_timings.pop(work.request_id, None)
+        self._active[work.request_id] = active
+        return entered
+
+    def _validate(self, work: Work, prefill_only: bool) -> None:
         worst = max(work.prompt, default=0)
         if worst >= self._model.spec.vocab_size or min(work.prompt, default=0) < 0:
             raise InvalidRequest("prompt", f"token ids must lie in [0, {self._model.spec.vocab_size})")
         length = len(work.prompt) + (1 if prefill_only else work.sampling.max_tokens)
         if length > self._model.spec.max_context:
             raise InvalidRequest("prompt", f"{length} tokens exceed the context of {self._model.spec.max_context}")
-        return Job(work.request_id, len(work.prompt), work.sampling.max_tokens, work.priority, prefill_only)
 
-    def _enter(self, work: Work) -> None:
-        self._past_timings.pop(work.request_id, None)
-        self._active[work.request_id] = _Active(work, list(work.prompt), counts_for(work.sampling, work.prompt))
+    def _append(self, active: Active, token: int) -> None:
+        """A new output token; the scheduler learns the name of a page that it fills."""
+        key = active.append(token)
+        if key is not None:
+            self._scheduler.identify(active.work.request_id, key)
 
     def _forward(self, ordered: Sequence[Slice], decodes: int) -> torch.Tensor:
         """Logits [slices that sample, vocab]; the step's KV is in the pages afterwards."""
@@ -219,7 +241,15 @@ class Engine:
             if part.samples:
                 wanted.append(len(tokens) - 1)
         spans = tuple(Span(part.start, part.count, part.pages) for part in ordered)
-        step = Step(tuple(tokens), tuple(wanted), spans, decodes)
+        copies = [part.copy for part in ordered if part.copy is not None]
+        step = Step(
+            tuple(tokens),
+            tuple(wanted),
+            spans,
+            decodes,
+            copied=tuple(source for source, _ in copies),
+            copies=tuple(target for _, target in copies),
+        )
         if self._ranks is not None:
             self._ranks.send(step)
         return self._runner.run(step, self._announcement(ordered))
@@ -227,7 +257,9 @@ class Engine:
     def _announcement(self, ordered: Sequence[Slice]) -> Callable[[int], None] | None:
         observer = self._observer
         chunks = tuple(
-            Chunk(part.request_id, part.start, part.count, part.pages) for part in ordered if part.prefill_only
+            Chunk(part.request_id, part.start - part.cached, part.cached + part.count, part.pages)
+            for part in ordered
+            if part.prefill_only
         )
         if observer is None or not chunks:
             return None
@@ -239,7 +271,7 @@ class Engine:
 
     def _emit(self, part: Slice, choice: Choice) -> TokenEvent:
         active = self._active[part.request_id]
-        active.append(choice.token)
+        self._append(active, choice.token)
         finish = active.finish()
         if finish is not None and not part.prefill_only:
             self.release(part.request_id)

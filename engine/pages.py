@@ -1,9 +1,14 @@
-"""The page allocator: which KV page belongs to whom. Pure bookkeeping; the bytes live in ``engine.cache``."""
+"""The page allocator: which KV page belongs to whom. Pure bookkeeping; the bytes live in ``engine.cache``.
+
+free ──take──► in use ──last drop──► free
+                 ▲  └── last drop of a kept page ──► idle ──evicted by take──► free
+                 └──────────────── share ────────────┘
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 
 
 class OutOfPages(Exception):
@@ -11,14 +16,16 @@ class OutOfPages(Exception):
 
 
 class PageIntegrityError(AssertionError):
-    """Reference counts and owners disagree: a page leaked or is owned twice."""
+    """Reference counts, owners and the prefix cache disagree: a page leaked, is owned twice or is cached wrongly."""
 
 
 class PagePool:
     """``pages`` pages of ``page_tokens`` tokens each, with a reference count per page.
 
-    A page is free while its count is zero. Pages are handed out in ascending order at first, later last freed first:
-    what was used a moment ago is still in the CPU's caches.
+    A page without references is free, or idle if it is kept: its content may be wanted again. Idle pages count as
+    free: :meth:`take` gives them away, longest idle first, when no others are left, and tells ``on_evict`` of each.
+    Pages are handed out in ascending order at first, later last freed first: what was used a moment ago is still in
+    the CPU's caches.
     """
 
     def __init__(self, pages: int, page_tokens: int) -> None:
@@ -27,16 +34,24 @@ class PagePool:
         self.total = pages
         self.page_tokens = page_tokens
         self.high_water = 0
+        self.on_evict: Callable[[int], None] | None = None
         self._free = list(range(pages - 1, -1, -1))
         self._references = [0] * pages
+        self._kept: set[int] = set()
+        self._idle: OrderedDict[int, None] = OrderedDict()  # longest idle first
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return len(self._free) + len(self._idle)
 
     @property
     def used(self) -> int:
-        return self.total - len(self._free)
+        return self.total - len(self._free) - len(self._idle)
+
+    @property
+    def kept(self) -> int:
+        """Pages whose content outlives their references, those in use included."""
+        return len(self._kept)
 
     def pages_for(self, tokens: int) -> int:
         """Pages that ``tokens`` tokens fill, the last one perhaps in part."""
@@ -44,29 +59,52 @@ class PagePool:
 
     def take(self, count: int) -> list[int]:
         """``count`` free pages, each now referenced once. Raises :class:`OutOfPages`, all or nothing."""
-        if count > len(self._free):
-            raise OutOfPages(f"{count} pages wanted, {len(self._free)} of {self.total} free")
+        if count > self.free:
+            raise OutOfPages(f"{count} pages wanted, {self.free} of {self.total} free")
+        while len(self._free) < count:
+            self._evict()
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._references[page] = 1
         self.high_water = max(self.high_water, self.used)
         return taken
 
+    def keep(self, page: int) -> None:
+        """From now on ``page``, which must be in use, goes idle with its last reference instead of free."""
+        if self._references[page] == 0:
+            raise PageIntegrityError(f"page {page} is free and cannot be kept")
+        self._kept.add(page)
+
     def share(self, pages: Iterable[int]) -> None:
-        """Adds one reference to each of ``pages``, which must be in use."""
+        """Adds one reference to each of ``pages``, which must be in use or idle."""
         for page in pages:
             if self._references[page] == 0:
-                raise PageIntegrityError(f"page {page} is free and cannot be shared")
+                if page not in self._kept:
+                    raise PageIntegrityError(f"page {page} is free and cannot be shared")
+                del self._idle[page]
             self._references[page] += 1
+        self.high_water = max(self.high_water, self.used)
 
     def drop(self, pages: Iterable[int]) -> None:
-        """Takes one reference from each of ``pages``; those without any left are free."""
+        """Takes one reference from each of ``pages`` in turn; those without any left are free or idle."""
         for page in pages:
             if self._references[page] == 0:
                 raise PageIntegrityError(f"page {page} is already free")
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._free.append(page)
+                if page in self._kept:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def idle_among(self, pages: Iterable[int]) -> int:
+        """How many of ``pages`` are idle: sharing these takes from what is free."""
+        return sum(page in self._idle for page in pages)
+
+    def freed_by(self, owners: Iterable[Sequence[int]]) -> set[int]:
+        """Pages that would be left without a reference if ``owners`` dropped all of theirs."""
+        dropped = Counter(page for pages in owners for page in pages)
+        return {page for page, count in dropped.items() if count == self._references[page]}
 
     def check_integrity(self, owners: Iterable[Sequence[int]]) -> None:
         """Raises :class:`PageIntegrityError` unless ``owners`` (everyone's pages) explain every reference exactly."""
@@ -74,6 +112,20 @@ class PagePool:
         for page, references in enumerate(self._references):
             if references != expected[page]:
                 raise PageIntegrityError(f"page {page} has {references} references but {expected[page]} owners")
+        ownerless = {page for page in range(self.total) if expected[page] == 0}
         free = set(self._free)
-        if len(free) != len(self._free) or free != {page for page in range(self.total) if expected[page] == 0}:
-            raise PageIntegrityError("the free list is not exactly the pages without an owner")
+        if len(free) != len(self._free) or free != ownerless - self._kept:
+            raise PageIntegrityError("the free list is not exactly the pages without an owner that nobody keeps")
+        if set(self._idle) != ownerless & self._kept:
+            raise PageIntegrityError("the idle pages are not exactly the kept ones without an owner")
+
+    def idle_in_order(self) -> tuple[int, ...]:
+        """The idle pages in the order in which :meth:`take` would evict them."""
+        return tuple(self._idle)
+
+    def _evict(self) -> None:
+        page, _ = self._idle.popitem(last=False)
+        self._kept.remove(page)
+        self._free.append(page)
+        if self.on_evict is not None:
+            self.on_evict(page)

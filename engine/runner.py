@@ -20,6 +20,8 @@ class Step:
     wanted: tuple[int, ...]  # indexes of the rows whose logits are needed
     spans: tuple[Span, ...]  # decodes first, longest context first
     decodes: int
+    copied: tuple[int, ...] = ()  # pages to copy before anything is written,
+    copies: tuple[int, ...] = ()  # and the pages to copy them to
 
 
 class Runner:
@@ -31,6 +33,7 @@ class Runner:
     def run(self, step: Step, layer_written: Callable[[int], None] | None = None) -> torch.Tensor:
         """Logits [wanted rows, vocab] on rank 0; the step's KV is in the pages afterwards."""
         model = self._model
+        self._cache.copy_pages(step.copied, step.copies)
         decodes, chunks = step.spans[: step.decodes], step.spans[step.decodes :]
         positions = [position for span in step.spans for position in range(span.start, span.start + span.count)]
         attention = model.ops.plan(decodes, chunks, self._cache.page_tokens)

@@ -6,189 +6,122 @@
                  └──── preempted ────┘   └─ prefill_only, first token out ──► HELD ──release──► gone
     reserve ► RESERVED ──start──► READY ──schedule──► RUNNING
 
-A step is filled in this order: decodes, unfinished prefills, then new sequences (larger priority first, then older).
-A sequence enters with the pages of everything it must compute, so only decodes can run out of pages; then the running
-sequence of lowest priority and latest arrival loses its pages and is computed again later. A ``prefill_only`` sequence
-never loses its pages: others may be reading them.
+A step is filled with decodes first, then with prefills, begun or new, in the order of larger priority, then age. A
+sequence enters with the pages of everything it must compute, so only decodes can run out of pages; then the running
+sequence of lowest priority and latest arrival loses its pages and is computed again later. Between two steps a sequence
+that waits takes the place and the pages of running ones whose priority is lower; equals never do that to each other. A
+``prefill_only`` sequence never loses its pages: others may be reading them.
 """
 
 from __future__ import annotations
 
-import bisect
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from collections.abc import Callable
+from functools import partial
 
 from baton.errors import InvalidRequest, NotFound, Overloaded
+from engine.holdings import Holdings
 from engine.pages import PagePool
+from engine.prefix import Key
+from engine.sequence import Job, Phase, Sequence, Slice, Timing, insert
 
 RETRY_AFTER_MS = 100  # a few decode steps: pages come free at that pace
 
 
-class Phase(Enum):
-    WAITING = auto()
-    RESERVED = auto()
-    READY = auto()
-    RUNNING = auto()
-    HELD = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What the scheduler must know of one sequence."""
-
-    request_id: str
-    prompt_tokens: int
-    max_tokens: int
-    priority: int = 0
-    prefill_only: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds of the clock that the caller passes in. ``added_s`` is when the sequence was added or reserved."""
-
-    added_s: float
-    scheduled_s: float | None = None  # first time in a step
-    first_token_s: float | None = None  # first token that came out of a step here
-
-    @property
-    def queue_s(self) -> float:
-        """Seconds from being added to the first step; 0 before it."""
-        return 0.0 if self.scheduled_s is None else self.scheduled_s - self.added_s
-
-    @property
-    def prefill_s(self) -> float:
-        """Seconds from the first step to the first token that came out here; 0 before it."""
-        if self.scheduled_s is None or self.first_token_s is None:
-            return 0.0
-        return self.first_token_s - self.scheduled_s
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Tokens ``[start, start + count)`` of one sequence, to be computed in this step into ``pages``.
-
-    ``pages`` is the sequence's whole block table: token ``t`` lies in ``pages[t // page_tokens]``. ``samples`` says
-    that the slice ends at the sequence's last known token, so the next token is drawn from its last row.
-    """
-
-    request_id: str
-    start: int
-    count: int
-    pages: tuple[int, ...]
-    samples: bool
-    decode: bool
-    prefill_only: bool
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRun:
-    """The next ``steps`` steps give one token to each of ``contexts``'s sequences and do nothing else.
-
-    ``contexts`` are the tokens that each sequence's query attends to in the first of them; each grows by one a step.
-    """
-
-    contexts: tuple[int, ...]
-    steps: int
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    job: Job
-    arrival: int
-    added_s: float
-    phase: Phase
-    known: int  # prompt and output tokens
-    full_at: int  # tokens at which it has all it asked for
-    computed: int = 0  # tokens whose KV is in the pages
-    pages: list[int] = field(default_factory=list)
-    scheduled_s: float | None = None
-    first_token_s: float | None = None
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Sorts sequences into the order in which they are served."""
-        return (-self.job.priority, self.arrival)
-
-    @property
-    def decodes(self) -> bool:
-        return self.known - self.computed == 1 and self.known > self.job.prompt_tokens
-
-    @property
-    def preemptible(self) -> bool:
-        return not self.job.prefill_only
-
-
 class Scheduler:
-    """Owns the sequences and their pages. One thread."""
+    """Owns the sequences and their pages. One thread.
 
-    def __init__(self, pool: PagePool, *, step_tokens: int, max_running: int, max_waiting: int) -> None:
-        if min(step_tokens, max_running, max_waiting) < 1:
-            raise ValueError("step_tokens, max_running and max_waiting must be at least 1")
+    ``mixed_tokens`` bounds the prompt tokens of a step that also decodes (None: only ``step_tokens`` does). It may be
+    changed between steps. Smaller keeps the gap between two tokens of a stream near that of a step without prompts;
+    larger gets prompts done in fewer steps, each of which costs the fixed part of a step again.
+    """
+
+    def __init__(
+        self, pool: PagePool, *, step_tokens: int, max_running: int, max_waiting: int, mixed_tokens: int | None = None
+    ) -> None:
+        if min(step_tokens, max_running, max_waiting) < 1 or (mixed_tokens is not None and mixed_tokens < 1):
+            raise ValueError("step_tokens, max_running, max_waiting and mixed_tokens must be at least 1")
         self.pool = pool
         self.step_tokens = step_tokens
+        self.mixed_tokens = mixed_tokens if mixed_tokens is not None else step_tokens
         self.max_running = min(max_running, step_tokens)  # every running sequence gets at least one token a step
         self.max_waiting = max_waiting
         self.preemptions = 0
+        self.holdings = Holdings(pool)
         self._arrivals = 0
-        self._sequences: dict[str, _Sequence] = {}
-        self._waiting: list[_Sequence] = []  # sorted by rank
-        self._ready: list[_Sequence] = []  # sorted by rank
-        self._running: list[_Sequence] = []  # sorted by rank
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []  # sorted by rank
+        self._ready: list[Sequence] = []  # sorted by rank
+        self._running: list[Sequence] = []  # sorted by rank
 
     def add(self, job: Job, now_s: float) -> None:
         """Queues ``job``. Raises InvalidRequest when it can never fit, Overloaded when too many wait."""
         self._check_fits(job)
         if len(self._waiting) >= self.max_waiting:
             raise Overloaded(f"{len(self._waiting)} sequences are waiting already", retry_after_ms=RETRY_AFTER_MS)
-        _insert(self._waiting, self._enter(job, now_s, Phase.WAITING))
+        insert(self._waiting, self._enter(job, now_s, Phase.WAITING))
 
     def reserve(self, job: Job, now_s: float) -> tuple[int, ...]:
         """Takes the pages of ``job``'s prompt now, for KV that comes from elsewhere. Raises :class:`Overloaded`.
 
-        Pages that preempted sequences wait for are not given away: a stream of reservations would starve them.
+        Pages that preempted sequences wait for are not given away, lest a stream of reservations starve them, unless
+        their priority is lower; nor are those of running sequences.
         """
         self._check_fits(job)
         need = self.pool.pages_for(job.prompt_tokens)
-        owed = sum(self.pool.pages_for(s.known) for s in self._waiting if s.known > s.job.prompt_tokens)
-        if need > self.pool.free - owed:
-            free = max(0, self.pool.free - owed)
-            raise Overloaded(f"{need} pages wanted, {free} of {self.pool.total} free", retry_after_ms=RETRY_AFTER_MS)
+        preempted = (s for s in self._waiting if s.known > s.job.prompt_tokens and s.job.priority >= job.priority)
+        room = self.pool.free - sum(self.pool.pages_for(s.known) for s in preempted)
+        if need > room:
+            victims = self._victims(job, lambda them: need <= room + len(self.pool.freed_by(v.pages for v in them)))
+            if victims is None:
+                raise Overloaded(
+                    f"{need} pages wanted, {max(0, room)} of {self.pool.total} free", retry_after_ms=RETRY_AFTER_MS
+                )
+            self._preempt(victims)
         sequence = self._enter(job, now_s, Phase.RESERVED)
         sequence.pages = self.pool.take(need)
         return tuple(sequence.pages)
 
-    def start(self, request_id: str) -> None:
-        """The reserved pages now hold the whole prompt's KV and one output token is known: the sequence may decode."""
+    def start(self, request_id: str, *, exact: bool = True) -> None:
+        """The reserved pages now hold the whole prompt's KV and one output token is known: the sequence may decode.
+
+        exact: the KV is what would have been computed here. KV that a lossy codec changed must not serve others.
+        """
         sequence = self._get(request_id)
         if sequence.phase is not Phase.RESERVED:
             raise InvalidRequest("request_id", f"{request_id} is not reserved")
         sequence.computed = sequence.job.prompt_tokens
         sequence.known = sequence.job.prompt_tokens + 1
+        sequence.publishes = exact
+        self.holdings.publish(sequence)
         sequence.phase = Phase.READY
-        _insert(self._ready, sequence)
+        insert(self._ready, sequence)
+
+    def identify(self, request_id: str, key: Key) -> None:
+        """Names the next full page of the sequence's known tokens; as soon as its KV is there it serves others."""
+        self._get(request_id).keys.append(key)
 
     def schedule(self, now_s: float) -> tuple[Slice, ...]:
         """The next step, decodes first. Empty when nothing can run: then only a release or an add changes that."""
-        self._run_ready()
-        chosen = self._decodes()
+        self._seat_ready()
+        self._preempt(self._outranked())
+        while not (chosen := self._decodes()) and self._ready and len(self._running) < self.max_running:
+            self._seat_ready()  # the last one that ran has just lost its pages, and with them its place
         budget = self.step_tokens - len(chosen)
-        for sequence in self._running:
-            if budget > 0 and not sequence.decodes:
-                count = min(budget, sequence.known - sequence.computed)
-                chosen.append((sequence, count))
-                budget -= count
-        chosen += self._admit(budget)
+        chosen += self._prefills(min(budget, self.mixed_tokens) if chosen else budget)
         for sequence, _ in chosen:
             if sequence.scheduled_s is None:
                 sequence.scheduled_s = now_s
-        return tuple(_slice(sequence, count) for sequence, count in chosen)
+        slices = (sequence.slice(count) for sequence, count in chosen)
+        # One that comes back from preemption may find all but its newest token in the cache: a decode, found late.
+        return tuple(sorted(slices, key=lambda part: not part.decode))
 
     def advance(self, step: tuple[Slice, ...], now_s: float) -> None:
         """``step`` was computed: its KV is in the pages, and each slice that samples has one more known token."""
         for part in step:
             sequence = self._sequences[part.request_id]
             sequence.computed += part.count
+            if sequence.keys:
+                self.holdings.publish(sequence)
             if not part.samples:
                 continue
             sequence.known += 1
@@ -198,60 +131,8 @@ class Scheduler:
                 sequence.phase = Phase.HELD
                 self._running.remove(sequence)
 
-    def decode_run(self, now_s: float) -> DecodeRun | None:
-        """Begins the next step if that, and perhaps more, is a plain decode of one fixed batch; None if it is not.
-
-        The run ends before a sequence would pass its ``max_tokens`` or the free pages would run out. It holds until
-        something is added, started or released. Like ``schedule`` it takes the pages of its first step. For callers
-        that need no block tables: a simulator takes a run in one :meth:`skip` and not step by step.
-        """
-        self._run_ready()
-        if not self._running or self._admits():
-            return None
-        page_tokens = self.pool.page_tokens
-        steps, slacks = self._running[0].job.max_tokens, [0] * (page_tokens + 1)
-        contexts, growing, fresh = [], [], []
-        for sequence in self._running:
-            known = sequence.known
-            slack = len(sequence.pages) * page_tokens - sequence.computed
-            if known - sequence.computed != 1 or known <= sequence.job.prompt_tokens:
-                return None  # not a decode
-            contexts.append(known)
-            slacks[slack if slack < page_tokens else page_tokens] += 1
-            if slack <= 0:
-                growing.append(sequence)
-            steps = sequence.full_at - known if sequence.full_at - known < steps else steps
-            if sequence.scheduled_s is None:
-                fresh.append(sequence)
-        steps = _steps_until_full(slacks, self.pool.free, steps)
-        if steps <= 0:
-            return None
-        for sequence in growing:
-            sequence.pages += self.pool.take(1)
-        for sequence in fresh:
-            sequence.scheduled_s = now_s
-        return DecodeRun(tuple(contexts), steps)
-
-    def skip(self, steps: int, first_s: float, *, goes_on: bool) -> list[str]:
-        """``steps`` steps of the current :meth:`decode_run` were computed, the first by ``first_s``.
-
-        ``goes_on`` says that the run's next step has begun. Returns the sequences that reached their ``max_tokens``.
-        """
-        full, page_tokens = [], self.pool.page_tokens
-        for sequence in self._running:
-            sequence.known = known = sequence.known + steps
-            sequence.computed = known - 1
-            if sequence.first_token_s is None:
-                sequence.first_token_s = first_s
-            held = known if goes_on else known - 1
-            if held > len(sequence.pages) * page_tokens:
-                sequence.pages += self.pool.take(self.pool.pages_for(held) - len(sequence.pages))
-            if known >= sequence.full_at:
-                full.append(sequence.job.request_id)
-        return full
-
     def release(self, request_id: str) -> bool:
-        """Forgets the sequence and frees its pages, whatever its phase. False when there is none (any more)."""
+        """Forgets the sequence and gives its pages back, whatever its phase. False when there is none (any more)."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
@@ -259,7 +140,7 @@ class Scheduler:
         queue = queues.get(sequence.phase)
         if queue is not None:
             queue.remove(sequence)
-        self.pool.drop(sequence.pages)
+        self.holdings.leave(sequence)
         return True
 
     def timing(self, request_id: str) -> Timing:
@@ -290,8 +171,8 @@ class Scheduler:
         return len(self._running)
 
     def check_integrity(self) -> None:
-        """Raises :class:`engine.pages.PageIntegrityError` unless all pages are owned as the sequences say."""
-        self.pool.check_integrity(sequence.pages for sequence in self._sequences.values())
+        """Raises :class:`engine.pages.PageIntegrityError` unless sequences and prefix cache explain every page."""
+        self.holdings.check_integrity(self._sequences.values())
 
     def _check_fits(self, job: Job) -> None:
         if job.request_id in self._sequences:
@@ -303,36 +184,71 @@ class Scheduler:
             capacity = self.pool.total * self.pool.page_tokens
             raise InvalidRequest("prompt", f"{tokens} tokens can never fit this worker's KV cache of {capacity} tokens")
 
-    def _enter(self, job: Job, now_s: float, phase: Phase) -> _Sequence:
-        sequence = _Sequence(
-            job, self._arrivals, now_s, phase, known=job.prompt_tokens, full_at=job.prompt_tokens + job.max_tokens
-        )
+    def _enter(self, job: Job, now_s: float, phase: Phase) -> Sequence:
+        full_at = job.prompt_tokens + job.max_tokens
+        sequence = Sequence(job, self._arrivals, now_s, phase, job.prompt_tokens, full_at, list(job.keys))
         self._arrivals += 1
         self._sequences[job.request_id] = sequence
         return sequence
 
-    def _get(self, request_id: str) -> _Sequence:
+    def _get(self, request_id: str) -> Sequence:
         sequence = self._sequences.get(request_id)
         if sequence is None:
             raise NotFound("request_id", f"no sequence {request_id} here")
         return sequence
 
-    def _run_ready(self) -> None:
-        while self._ready and len(self._running) < self.max_running:
+    # ---- who runs
+
+    def _seat_ready(self) -> None:
+        while self._ready:
+            if len(self._running) >= self.max_running:
+                victims = self._victims(self._ready[0].job, lambda them: True)
+                if victims is None:
+                    return
+                self._preempt(victims)
             self._run(self._ready.pop(0))
 
-    def _admits(self) -> bool:
-        """Whether a waiting sequence could enter the next step, were all running ones decodes."""
-        running = len(self._running)
-        if not self._waiting or running >= self.max_running or running >= self.step_tokens:
-            return False
-        return self.pool.pages_for(self._waiting[0].known) <= self.pool.free
+    def _outranked(self) -> list[Sequence]:
+        """Running sequences that must make way for the first of the waiting ones."""
+        if not (self._waiting and self._running):
+            return []
+        head = self._waiting[0]
+        if head.job.priority <= self._running[-1].job.priority or self._enters(head):
+            return []
+        return self._victims(head.job, partial(self._enters, head)) or []
 
-    def _run(self, sequence: _Sequence) -> None:
+    def _victims(self, job: Job, enough: Callable[[list[Sequence]], bool]) -> list[Sequence] | None:
+        """The fewest running sequences of lower priority than ``job``, lowest rank first, that are ``enough``."""
+        victims = []
+        for sequence in reversed(self._running):
+            if sequence.job.priority >= job.priority:
+                break
+            if sequence.preemptible:
+                victims.append(sequence)
+                if enough(victims):
+                    return victims
+        return None
+
+    def _enters(self, sequence: Sequence, victims: list[Sequence] | None = None) -> bool:
+        """Whether there is a place, and pages, were ``victims`` gone."""
+        gone = victims or []
+        return len(self._running) - len(gone) < self.max_running and self.holdings.fits(sequence, gone)
+
+    def _run(self, sequence: Sequence) -> None:
         sequence.phase = Phase.RUNNING
-        _insert(self._running, sequence)
+        insert(self._running, sequence)
 
-    def _decodes(self) -> list[tuple[_Sequence, int]]:
+    def _preempt(self, victims: list[Sequence]) -> None:
+        for victim in victims:
+            self.preemptions += 1
+            self._running.remove(victim)
+            self.holdings.leave(victim)
+            victim.phase = Phase.WAITING
+            insert(self._waiting, victim)
+
+    # ---- what a step computes
+
+    def _decodes(self) -> list[tuple[Sequence, int]]:
         """One token for every decode, best rank first, so that who is preempted was never chosen before."""
         chosen = []
         for sequence in [s for s in self._running if s.decodes]:
@@ -340,69 +256,34 @@ class Scheduler:
                 chosen.append((sequence, 1))
         return chosen
 
-    def _grow(self, sequence: _Sequence) -> bool:
+    def _grow(self, sequence: Sequence) -> bool:
         """Gives a decode the page of its next token, from others if it must; False when it was itself preempted."""
         if len(sequence.pages) * self.pool.page_tokens > sequence.computed:
             return True
         while self.pool.free == 0:
             victim = next(s for s in reversed(self._running) if s.preemptible)  # at worst ``sequence`` itself
-            self._preempt(victim)
+            self._preempt([victim])
             if victim is sequence:
                 return False
         sequence.pages += self.pool.take(1)
         return True
 
-    def _preempt(self, victim: _Sequence) -> None:
-        self.preemptions += 1
-        self._running.remove(victim)
-        self.pool.drop(victim.pages)
-        victim.pages, victim.computed, victim.phase = [], 0, Phase.WAITING
-        _insert(self._waiting, victim)
-
-    def _admit(self, budget: int) -> list[tuple[_Sequence, int]]:
-        """New sequences while tokens, places and pages last. None overtakes the first that does not fit."""
+    def _prefills(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Begun and new sequences by rank while tokens, places and pages last. No new one overtakes the first."""
         chosen = []
-        while budget > 0 and self._waiting and len(self._running) < self.max_running:
-            sequence = self._waiting[0]
-            need = self.pool.pages_for(sequence.known)
-            if need > self.pool.free:
+        begun = [s for s in reversed(self._running) if not s.decodes]
+        while budget > 0:
+            head = self._waiting[0] if self._waiting and self._enters(self._waiting[0]) else None
+            if begun and (head is None or begun[-1].rank < head.rank):
+                sequence = begun.pop()
+                self.holdings.adopt(sequence)
+            elif head is not None:
+                sequence = self._waiting.pop(0)
+                self.holdings.enter(sequence)
+                self._run(sequence)
+            else:
                 break
-            self._waiting.pop(0)
-            sequence.pages = self.pool.take(need)
-            self._run(sequence)
-            count = min(budget, sequence.known)
+            count = min(budget, sequence.known - sequence.computed)
             chosen.append((sequence, count))
             budget -= count
         return chosen
-
-
-def _insert(queue: list[_Sequence], sequence: _Sequence) -> None:
-    bisect.insort(queue, sequence, key=lambda s: s.rank)
-
-
-def _steps_until_full(slacks: list[int], free: int, wanted: int) -> int:
-    """Steps, at most ``wanted``, for which ``free`` pages last.
-
-    ``slacks[n]`` sequences have room for n more tokens in their last page. Every ``page_tokens`` steps each of them
-    takes one page, so whole rounds are divided out first.
-    """
-    page_tokens = len(slacks) - 1
-    rounds, left = divmod(free, sum(slacks))
-    steps = rounds * page_tokens
-    for step in range(min(page_tokens, wanted - steps)):
-        left -= slacks[step]
-        if left < 0:
-            return steps + step
-    return min(wanted, steps + page_tokens)
-
-
-def _slice(sequence: _Sequence, count: int) -> Slice:
-    return Slice(
-        sequence.job.request_id,
-        sequence.computed,
-        count,
-        tuple(sequence.pages),
-        samples=sequence.computed + count == sequence.known,
-        decode=sequence.decodes,
-        prefill_only=sequence.job.prefill_only,
-    )

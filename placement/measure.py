@@ -23,7 +23,8 @@ from engine.build import build_engine
 from engine.engine import Engine
 from engine.model import Model
 from engine.pages import PagePool
-from engine.scheduler import Job, Scheduler, Slice
+from engine.scheduler import Scheduler
+from engine.sequence import Job, Slice
 from placement.cost import StepShape
 from placement.profile import Observation
 
@@ -130,7 +131,9 @@ def _pool(pool: PoolConfig, step_tokens: int, grid: Sequence[Scenario], max_cont
     """``pool`` with this budget and no more KV than its scenarios need: several engines are held at once."""
     most = max(sum(s.prompts) + sum(s.contexts) for s in grid if s.step_tokens == step_tokens)
     kv_tokens = min(pool.kv_tokens, max(max_context, most + 64 * (DECODE_STEPS + 2 + pool.page_tokens)))
-    return pool.model_copy(update={"step_tokens": step_tokens, "kv_tokens": kv_tokens})
+    # Every token must be computed, in chunks that depend on nothing but the budget.
+    alone = {"prefix_cache": False, "mixed_tokens": step_tokens}
+    return pool.model_copy(update={"step_tokens": step_tokens, "kv_tokens": kv_tokens, **alone})
 
 
 def _describe(scenario: Scenario) -> str:

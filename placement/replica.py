@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from baton.messages import Load
+from engine.fast_forward import DecodeRun, FastForward
 from engine.pages import PagePool
-from engine.scheduler import DecodeRun, Job, Scheduler, Slice
+from engine.sequence import Job, Slice
 from placement.cost import CostModel, StepShape, SummedCostModel
 from placement.events import Rank, Timeline
 from placement.outcome import WorkerUse
@@ -68,7 +69,7 @@ class Replica:
     ) -> None:
         self.name, self.cost, self.limits = name, cost, limits
         self.pool = PagePool(max(1, kv_tokens // limits.page_tokens), limits.page_tokens)
-        self.scheduler = Scheduler(
+        self.scheduler = FastForward(
             self.pool,
             step_tokens=limits.step_tokens,
             max_running=limits.max_running,

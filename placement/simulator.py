@@ -21,7 +21,7 @@ from typing import Literal, assert_never
 
 from baton.errors import InvalidRequest, Overloaded
 from baton.messages import Load
-from engine.scheduler import Job
+from engine.sequence import Job
 from placement.cost import CostModel
 from placement.events import Rank, Timeline
 from placement.outcome import End, Outcome, Slo, Trip

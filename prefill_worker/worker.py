@@ -103,6 +103,7 @@ class PrefillWorker:
             pages_used=held.pages_used,
             pages_total=held.pages_total,
             pages_high_water=held.pages_high_water,
+            pages_cached=held.pages_cached,
             handoffs=staging.handoffs,
             buffer_bytes_used=staging.staging_bytes_used,
             buffer_bytes_total=staging.staging_bytes_total,

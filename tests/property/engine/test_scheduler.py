@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from baton.errors import InvalidRequest, Overloaded
 from engine.pages import PagePool
-from engine.scheduler import Job, Scheduler, Slice
+from engine.scheduler import Scheduler
+from engine.sequence import Job, Slice
 
 
 class Serving(RuleBasedStateMachine):

@@ -6,7 +6,8 @@ import pytest
 
 from baton.errors import InvalidRequest, NotFound, Overloaded
 from engine.pages import PageIntegrityError, PagePool
-from engine.scheduler import Job, Scheduler, Slice, Timing
+from engine.scheduler import Scheduler
+from engine.sequence import Job, Slice, Timing
 
 
 def scheduler(
@@ -35,15 +36,26 @@ def test_long_prompt_is_cut_into_chunks_and_then_decodes() -> None:
     assert step(queue) == [("a", 10, 1, True)]
 
 
-def test_decodes_go_first_then_unfinished_prefills_then_new_ones() -> None:
+def test_decodes_go_first_then_begun_prefills_then_new_ones() -> None:
     queue = scheduler(step_tokens=8)
     queue.add(Job("decode", 2, 9), 0.0)
     queue.add(Job("long", 12, 9), 0.0)
     assert step(queue) == [("decode", 0, 2, True), ("long", 0, 6, False)]
-    queue.add(Job("new", 3, 9, priority=5), 0.0)
+    queue.add(Job("new", 3, 9), 0.0)
     assert step(queue) == [("decode", 2, 1, True), ("long", 6, 6, True), ("new", 0, 1, False)]
     assert step(queue) == [("decode", 3, 1, True), ("long", 12, 1, True), ("new", 1, 2, True)]
-    assert [name for name, *_ in step(queue)] == ["new", "decode", "long"]
+    assert [name for name, *_ in step(queue)] == ["decode", "long", "new"]
+
+
+def test_the_tokens_of_a_step_go_to_the_prefill_of_higher_priority() -> None:
+    queue = scheduler(step_tokens=8)
+    queue.add(Job("decode", 2, 9), 0.0)
+    queue.add(Job("long", 12, 9), 0.0)
+    step(queue)
+    queue.add(Job("urgent", 9, 9, priority=5), 0.0)
+    assert step(queue) == [("decode", 2, 1, True), ("urgent", 0, 7, False)]
+    assert step(queue) == [("decode", 3, 1, True), ("urgent", 7, 2, True), ("long", 6, 5, False)]
+    assert [name for name, *_ in step(queue)] == ["urgent", "decode", "long"]
 
 
 def test_new_sequences_enter_by_priority_then_by_age() -> None:
