@@ -164,7 +164,8 @@ def _tell_replicas(folder: Path, app: str, told: threading.Event) -> None:
 
 def _cpus_needed(config: Config) -> int:
     pools = (config.prefill, config.decode)
-    return 2 + int(sum(pool.replicas * pool.tensor_parallel * pool.cpus for pool in pools) + 0.1 * config.router.replicas + 1)
+    workers = sum(pool.replicas * pool.tensor_parallel * pool.cpus for pool in pools)
+    return 2 + int(workers + 0.1 * config.router.replicas + 1)
 
 
 def _resources_needed(config: Config) -> dict[str, float]:

@@ -38,7 +38,7 @@ from engine.channel import Channel, Ready, Task
 from engine.comm import RankLost
 from engine.runner import Step
 from engine.shared_cache import Segment, SharedKVCache
-from engine.shared_reduce import SharedReduce, create_shared, map_shared
+from engine.shared_reduce import ROUND_TIMEOUT_S, SharedReduce, create_shared, map_shared
 from engine.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0
 READY_TIMEOUT_S = 600.0  # reading a large model from a cold disk
-END_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 2.0  # a rank ends within a step; one that is stopped never does
 WATCH_MS = 1000
 
 
@@ -60,7 +60,17 @@ class _Rank:
 class Ranks:
     """Ranks 1 to ``ranks - 1`` as processes, and what rank 0 shares with them. Close it, or end the process."""
 
-    def __init__(self, folder: Path, *, ranks: int, dtype: str, threads: int, pages: int, page_tokens: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        ranks: int,
+        dtype: str,
+        threads: int,
+        pages: int,
+        page_tokens: int,
+        round_timeout_s: float = ROUND_TIMEOUT_S,
+    ) -> None:
         """Starts them. ``dtype`` as :func:`engine.weights.choose_dtype` takes it; ``threads`` of torch in each.
 
         Raises :class:`ConfigError` when the model cannot be shared among ``ranks``.
@@ -92,7 +102,12 @@ class Ranks:
         finally:
             os.close(descriptor)
         self.cache = SharedKVCache(segment, memory)
-        self.comm = SharedReduce(memory, rank=0, ranks=ranks, check_peers=self.check)
+        self.comm = SharedReduce(memory, rank=0, ranks=ranks, check_peers=self.check, timeout_s=round_timeout_s)
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes of ranks 1, 2, ..."""
+        return [rank.process.pid for rank in self._ranks]
 
     def await_ready(self) -> None:
         """Returns when every rank has loaded its slice. Raises :class:`Unavailable` when one does not."""

@@ -95,7 +95,7 @@ class SharedReduce:
             for column in range(0, width, columns):
                 rows_here, columns_here = slice(row, row + step), slice(column, column + columns)
                 self._gather(x[rows_here, columns_here], out if out is None else out[rows_here, :, columns_here])
-        return x if out is None else out.view(rows, -1)
+        return x if out is None else out.view(rows, self.ranks * width)
 
     def _reduce(self, x: Tensor, slots: list[list[Tensor]]) -> None:
         """x: [n], at most one piece."""
