@@ -155,7 +155,7 @@ class Model:
 
     def _norm_heads(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> None:
         """In place, before rotation (Qwen3). qkv: [rows, heads + 2 * kv_heads, head_dim]."""
-        queries, keys, _ = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        queries, keys, _ = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         for part, weight in ((queries, query_norm), (keys, key_norm)):
             part.copy_(self.ops.norm(part.reshape(-1, weight.shape[0]), weight, self.spec.norm_eps).view(part.shape))
 

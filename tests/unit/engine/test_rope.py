@@ -62,9 +62,9 @@ def test_tables_equal_transformers(
     cos, sin = rope_tables(spec(scaling, head_dim, theta))
     expected_cos, expected_sin = reference(parameters, head_dim, theta)
     half = head_dim // 2
-    # Angles reach 4,096 radians, where neighbouring float32 numbers lie 2.4e-4 apart.
-    torch.testing.assert_close(cos, expected_cos, rtol=0, atol=5e-4)
-    torch.testing.assert_close(sin[:, half:], expected_sin[:, half:], rtol=0, atol=5e-4)
+    # The ramp of Llama 3 rounds otherwise than theirs: 2e-5 measured. All else is equal to the last bit.
+    torch.testing.assert_close(cos, expected_cos, rtol=0, atol=5e-5)
+    torch.testing.assert_close(sin[:, half:], expected_sin[:, half:], rtol=0, atol=5e-5)
     assert torch.equal(sin[:, :half], -sin[:, half:])
     assert torch.equal(cos[:, :half], cos[:, half:])
 
@@ -73,7 +73,7 @@ def test_a_ramp_within_one_dimension_is_a_step() -> None:
     yarn = YarnRope(16.0, 256, 1.0, 4.0, 4.0, False)
     cos, _ = rope_tables(spec(yarn))
     expected, _ = reference(YARN | {"attention_factor": 1.0, "beta_fast": 4.0, "beta_slow": 4.0, "truncate": False})
-    torch.testing.assert_close(cos, expected, rtol=0, atol=5e-4)
+    torch.testing.assert_close(cos, expected, rtol=0, atol=5e-5)
 
 
 def test_dynamic_scaling_is_none_within_the_context() -> None:

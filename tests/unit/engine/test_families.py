@@ -1,0 +1,220 @@
+"""Every family and variant we read, against transformers' own class on the same random weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from baton.errors import ConfigError
+from baton.request import Sampling
+from engine import weights
+from engine.attention import Span
+from engine.build import load_model
+from engine.cache import KVCache
+from engine.model import Model
+from engine.runner import Runner, Step
+
+if TYPE_CHECKING:
+    from tests.unit.engine.conftest import Harness
+
+PAGE, PROMPT, OUTPUTS, LAYERS = 4, 60, 12, 4
+SLIDING, FULL = "sliding_attention", "full_attention"
+SIZES: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-2": ("Llama", {"num_key_value_heads": 4}),
+    "llama-3.1": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-yarn-mscale": ("Llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}),
+    "smollm": ("Llama", {"num_attention_heads": 6, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
+    "mistral-window": ("Mistral", {"sliding_window": 7}),
+    "ministral": ("Ministral", {"head_dim": 12, "sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING, FULL]}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN | {"beta_fast": 16.0, "beta_slow": 2.0}}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3-window": (
+        "Qwen3",
+        {"head_dim": 8, "attention_bias": True, "use_sliding_window": True, "sliding_window": 16,
+         "layer_types": [FULL, FULL, SLIDING, SLIDING]},
+    ),
+}  # fmt: skip
+WINDOWS = {
+    "mistral-window": (7, 7, 7, 7),
+    "ministral": (8, None, 8, None),
+    "qwen2-window": (None, None, 9, 9),
+    "qwen3-window": (None, None, 16, 16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The same weights twice."""
+
+    name: str
+    folder: Path
+    theirs: Any
+    ours: Model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    import transformers
+
+    family, changes = FAMILIES[request.param]
+    config = getattr(transformers, f"{family}Config")(**SIZES | changes)
+    torch.manual_seed(1)
+    theirs = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 1.0))
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return Pair(request.param, folder, theirs, load_model(folder, "float32", 1))
+
+
+def expected_logits(pair: Pair, prompt: Sequence[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = pair.theirs(torch.tensor([prompt])).logits[0]
+    return logits
+
+
+def logits(model: Model, prompt: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+    """Logits of all of ``prompt``, computed in one step for each of ``counts`` tokens, on pages in no order."""
+    layout = replace(model.layout, kv_heads=model.kv_heads)
+    cache = KVCache(layout, pages=32, page_tokens=PAGE, device=model.device)
+    runner, rows, start = Runner(model, cache), [], 0
+    pages = tuple(page * 7 % 32 for page in range(32))
+    for count in counts:
+        tokens, span = tuple(prompt[start : start + count]), Span(start, count, pages)
+        rows.append(runner.run(Step(tokens, tuple(range(count)), (span,), int(count == 1))).clone())
+        start += count
+    assert start == len(prompt)
+    return torch.cat(rows)
+
+
+def test_the_spec_says_what_the_config_means(pair: Pair) -> None:
+    spec = pair.ours.spec
+    assert spec.windows == WINDOWS.get(pair.name, ())
+    state = pair.theirs.state_dict()
+    assert spec.qkv_bias == ("model.layers.0.self_attn.k_proj.bias" in state)
+    assert spec.out_bias == ("model.layers.0.self_attn.o_proj.bias" in state)
+    assert spec.mlp_bias == ("model.layers.0.mlp.down_proj.bias" in state)
+    assert spec.qk_norm == ("model.layers.0.self_attn.k_norm.weight" in state)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(PROMPT,), (5, 1, 20, 1, 1, 16, 15, 1), (1,) * PROMPT],
+    ids=["whole", "chunked", "token by token"],
+)
+def test_logits_equal_transformers(pair: Pair, harness: Harness, counts: Sequence[int]) -> None:
+    prompt = harness.prompt(PROMPT)
+    torch.testing.assert_close(logits(pair.ours, prompt, counts), expected_logits(pair, prompt), rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_tokens_equal_transformers(pair: Pair, harness: Harness) -> None:
+    """Prompts longer and shorter than every window, together, in chunks of at most 16 tokens."""
+    prompts = {f"{length}": harness.prompt(length, seed=length) for length in (PROMPT, 20, 5, 1)}
+    engine = harness.engine(pair.ours, page_tokens=PAGE, step_tokens=16)
+    for name, prompt in prompts.items():
+        engine.add(harness.work(name, prompt, Sampling(temperature=0.0, max_tokens=OUTPUTS)))
+    events = harness.run(engine)
+    for name, prompt in prompts.items():
+        ids = torch.tensor([prompt])
+        out = pair.theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=OUTPUTS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert harness.tokens(events[name]) == out[0, len(prompt) :].tolist()
+
+
+class ThreadComm:
+    """One of some ranks that are threads: sums and gathers go through a list and a barrier."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, parts: list[torch.Tensor | None]) -> None:
+        self.rank, self.ranks = rank, barrier.parties
+        self._barrier, self._parts = barrier, parts
+
+    def all_reduce(self, part: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchange(part)).sum(dim=0)
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        parts = self._exchange(part)
+        return torch.cat(parts, dim=-1) if self.rank == 0 else part
+
+    def _exchange(self, part: torch.Tensor) -> list[torch.Tensor]:
+        self._parts[self.rank] = part
+        self._barrier.wait(30)
+        parts = [part for part in self._parts if part is not None]
+        self._barrier.wait(30)
+        return parts
+
+
+def run_ranks(ranks: int, work: Callable[[ThreadComm], torch.Tensor]) -> torch.Tensor:
+    """``work`` on every rank; rank 0's result."""
+    barrier, parts = threading.Barrier(ranks), [None] * ranks
+    comms = [ThreadComm(rank, barrier, parts) for rank in range(ranks)]
+    results: dict[int, torch.Tensor] = {}
+
+    def run(comm: ThreadComm) -> None:
+        try:
+            results[comm.rank] = work(comm)
+        finally:
+            if comm.rank not in results:
+                barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(comm,)) for comm in comms]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(results) == list(range(ranks))
+    return results[0]
+
+
+def test_two_ranks_hold_the_model_between_them(pair: Pair, harness: Harness) -> None:
+    spec, prompt = pair.ours.spec, harness.prompt(PROMPT)
+
+    def work(comm: ThreadComm) -> torch.Tensor:
+        model = Model(spec, name="half", dtype="float32", device=torch.device("cpu"), comm=comm)
+        weights.load(model, pair.folder)
+        model.pack()
+        return logits(model, prompt, (40, 1, 19))
+
+    torch.testing.assert_close(run_ranks(2, work), expected_logits(pair, prompt), rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused(pair: Pair) -> None:
+    barrier = threading.Barrier(5)
+    with pytest.raises(ConfigError) as refused:
+        Model(
+            pair.ours.spec,
+            name="fifth",
+            dtype="float32",
+            device=torch.device("cpu"),
+            comm=ThreadComm(0, barrier, [None] * 5),
+        )
+    assert refused.value.field == "tensor_parallel"
