@@ -5,10 +5,20 @@ Heavy modules are imported by the fixtures that need them, so that tests of pure
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+if not Path("/dev/nvidiactl").exists():
+    # Without a GPU, Triton's kernels run interpreted. The choice is read when triton is first imported, which the
+    # models of transformers do too; it is undone at once, so that no process started by a test inherits it.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
 
 if TYPE_CHECKING:
     from engine.text import Tokenizer
