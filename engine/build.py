@@ -53,7 +53,7 @@ def load_model(folder: Path, dtype: str, threads: int, comm: Comm | None = None)
         ops=choose_ops(TORCH_DTYPES[compute], device),
         comm=comm,
     )
-    weights.load(model, folder)
+    weights.load(model, folder, weights.LoadLog())
     model.pack()
     return model
 

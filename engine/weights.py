@@ -222,7 +222,7 @@ def _mlp(model: Model, mlp: Mlp) -> dict[str, Place]:
 
 def _stacked(names: Sequence[str], projection: Projection, rows: list[int], ranks: int) -> dict[str, Place]:
     """Matrices that lie one below the other in ``projection``, ``rows`` of each on this rank."""
-    found = {}
+    found: dict[str, Place] = {}
     for kind, stack in (("weight", projection.weight), ("bias", projection.bias)):
         if stack is not None:
             parts = zip(names, torch.split(stack, rows), strict=True)

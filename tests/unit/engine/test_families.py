@@ -175,7 +175,8 @@ class ThreadComm:
 
 def run_ranks(ranks: int, work: Callable[[ThreadComm], torch.Tensor]) -> torch.Tensor:
     """``work`` on every rank; rank 0's result."""
-    barrier, parts = threading.Barrier(ranks), [None] * ranks
+    barrier = threading.Barrier(ranks)
+    parts: list[torch.Tensor | None] = [None] * ranks
     comms = [ThreadComm(rank, barrier, parts) for rank in range(ranks)]
     results: dict[int, torch.Tensor] = {}
 
