@@ -9,6 +9,7 @@ import torch
 
 from baton.config import PoolConfig
 from baton.errors import ConfigError
+from engine import weights
 from engine.model import Model
 from engine.spec import ModelSpec
 from placement.measure import DECODE_STEPS, measure_steps, scenarios
@@ -26,10 +27,11 @@ def tiny() -> Model:
         rope_theta=1e4, rope_scaling=None, tied_head=True, max_context=512, bos_token_id=None, eos_token_ids=(),
     )  # fmt: skip
     model = Model(spec, name="tiny", dtype="float32", device=torch.device("cpu"))
-    weights = [model.embedding, model.norm, *(t for layer in model.layers for t in vars(layer).values())]
     torch.manual_seed(0)
-    for tensor in weights:
-        tensor.normal_(0, 0.05)
+    for place in weights.places(model).values():
+        assert place.target is not None
+        place.target.normal_(0, 0.05)
+    model.pack()
     return model
 
 
