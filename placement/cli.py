@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,12 +14,14 @@ from rich.table import Table
 from baton.errors import ConfigError
 from placement import plan as plans
 from placement import report, traces
-from placement.goodput import SETTLED_S, Trial
+from placement.composition import Space
+from placement.fewest import fewest
+from placement.goodput import Trial
 from placement.hardware import BUILT_IN, Hardware
 from placement.model_shape import ModelShape
 from placement.outcome import Slo
 from placement.profile import Profile, ProfiledReplica
-from placement.search import Found, Mapper, Scored, Space, fewest, search
+from placement.search import Found, Mapper, Scored, enough, search
 from placement.spaces import gpu_space, profiled_space
 from placement.tables import Tables
 from placement.workload import SHARES, Description, Workload, describe
@@ -28,8 +29,6 @@ from placement.workload import SHARES, Description, Workload, describe
 workload_app = typer.Typer(help="What comes to a cluster.", no_args_is_help=True)
 console = Console()
 progress = Console(stderr=True)
-
-LONGEST_SIMULATION = 20_000
 
 
 @workload_app.command("describe")
@@ -61,6 +60,9 @@ def plan(
     rate: Annotated[
         float | None, typer.Option(help="Fewest accelerators for this rate; else the most goodput.")
     ] = None,
+    pipeline: Annotated[
+        bool, typer.Option("--pipeline", help="Pipeline stages as well: for study, workers have none.")
+    ] = False,
     max_context: Annotated[int, typer.Option(min=2, help="Requests longer than this are left out.")] = 8192,
     requests: Annotated[int, typer.Option(min=0, help="Simulated per trial; 0 chooses.")] = 0,
     processes: Annotated[int, typer.Option(min=0, help="Simulate in so many processes; 0: all cores.")] = 0,
@@ -69,10 +71,12 @@ def plan(
 ) -> None:
     """Find the pools that meet the SLOs, and say why these."""
     trace = traces.load(workload).fitting(max_context)
-    space, labels = _space(model, hardware, tables, profile, _longest(trace))
+    space, labels = _space(model, hardware, tables, profile, longest=_longest(trace), pipeline=pipeline)
+    if not space.whole:
+        raise ConfigError(f"{labels['model']} does not fit {labels['hardware']} at any degree", field="hardware")
     slo = Slo(ttft_s, tpot_s, attainment)
     with ProcessPoolExecutor(processes or os.cpu_count() or 1) as executor:
-        trial = Trial(trace, slo, requests or _enough(gpus, space, trace, slo))
+        trial = Trial(trace, slo, requests or enough(space, gpus, trace, slo))
         found = search(space, gpus, trial, mapper=executor.map, progress=progress.print)
         chosen = _chosen(found, gpus, rate, trial, executor.map)
         made = plans.make(chosen, found, trial, labels, mapper=executor.map)
@@ -87,7 +91,7 @@ def plan(
 
 
 def _space(
-    model: str, hardware: str, tables: Path | None, profile: Path | None, longest: int
+    model: str, hardware: str, tables: Path | None, profile: Path | None, *, longest: int, pipeline: bool
 ) -> tuple[Space, dict[str, str]]:
     if profile is not None:
         measured = Profile.load(profile)
@@ -97,14 +101,10 @@ def _space(
         return profiled_space(cost), {"model": measured.model, "hardware": "worker as profiled"}
     shape, machine = ModelShape.load(model), Hardware.load(hardware)
     kernels = Tables.load(tables) if tables else None
-    return gpu_space(shape, machine, kernels, longest=longest), {"model": shape.name, "hardware": machine.name}
-
-
-def _enough(gpus: int, space: Space, trace: Workload, slo: Slo) -> int:
-    """So many requests that a trial at the promise of ``gpus`` accelerators lasts :data:`SETTLED_S`."""
-    one = Trial(trace, slo, 1000)
-    rates = [one.guess(way.pool(1)) / way.gpus for way in space.whole]
-    return min(LONGEST_SIMULATION, max(2000, math.ceil(SETTLED_S * gpus * max(rates))))
+    return gpu_space(shape, machine, kernels, longest=longest, pipeline=pipeline), {
+        "model": shape.name,
+        "hardware": machine.name,
+    }
 
 
 def _chosen(found: Found, gpus: int, rate: float | None, trial: Trial, mapper: Mapper) -> Scored:

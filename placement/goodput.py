@@ -25,6 +25,7 @@ HIGHEST_RATE = 1e6
 SETTLED_S = 30.0  # simulated seconds that a trial should last: several answers' time
 SHORTEST_S = 5.0  # a burst of fewer seconds says nothing of a rate that is to be kept
 ALONE_S, ALONE_LEAST = 10.0, 500  # phases alone only rank: so many simulated seconds and requests are enough
+ALONE_WITHIN = 4  # and so many grid steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,14 @@ class Trial:
     slo: Slo
     requests: int
 
+    def trimmed(self) -> Trial:
+        """The same trial without the requests that it does not use: less to hand to other processes."""
+        return replace(self, workload=self.workload.lasting(self.requests))
+
     def run(self, cluster: Cluster, rate: float, *, give_up: bool = False) -> Outcome:
         arrivals = self.workload.lasting(self.requests).at_rate(rate).arrivals
-        return simulate(cluster, arrivals, give_up=self.slo if give_up else None)
+        block_tokens = self.workload.block_tokens
+        return simulate(cluster, arrivals, block_tokens=block_tokens, give_up=self.slo if give_up else None)
 
     def meets(self, cluster: Cluster, rate: float) -> bool:
         """Whether the SLO is attained; no where the trial has too few requests to show it."""
@@ -129,6 +135,11 @@ def climb(meets: Callable[[float], bool], *, above: int = UNMET, guess: float = 
         middle = (low + high) // 2
         low, high = (middle, high) if meets(rate_at(middle)) else (low, middle)
     return low
+
+
+def improve(cluster: Cluster, trial: Trial, *, above: int = UNMET, guess: float = 1.0) -> int:
+    """The grid index of the cluster's goodput if it lies above ``above``, else ``above``."""
+    return climb(partial(trial.meets, cluster), above=above, guess=guess)
 
 
 def _descend(meets: Callable[[float], bool], failed: int) -> tuple[int, int]:

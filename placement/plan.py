@@ -6,16 +6,17 @@ The explanation is counterfactual: what binds is what, given more of, would rais
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
 from baton import config
+from placement.composition import Affinity, Composition, Way
 from placement.cost import CostModel, StepShape
-from placement.goodput import Trial, rate_at, step_below
+from placement.goodput import Trial, improve, rate_at, step_below
 from placement.outcome import Attainment, End, Slo
-from placement.search import Affinity, Composition, Found, Mapper, Scored, Way, improve, resplit
+from placement.search import Found, Mapper, Scored, resplit
 
 CURVE = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # rates over goodput
 
@@ -89,18 +90,30 @@ class Plan:
     def gpus(self) -> int:
         return self.cells * (self.decode.gpus + (self.prefill.gpus if self.prefill else 0))
 
+    @property
+    def deployable(self) -> bool:
+        """Whether this version's workers can be what the plan asks for: they have no pipeline stages."""
+        return all(pool.pp == 1 for pool in (self.prefill, self.decode) if pool)
+
     def config_tree(self) -> dict[str, Any]:
-        """The part of ``baton.config`` that the plan decides; validated. Raises :class:`baton.errors.ConfigError`."""
+        """The part of ``baton.config`` that the plan decides; validated. Raises :class:`baton.errors.ConfigError`.
+
+        A plan that is not deployable asks for ``pipeline_parallel`` too, a key that configurations do not have: so
+        ``baton up`` refuses it by name instead of starting something else.
+        """
         tree = {
             "model": {"max_context": self.max_context},
             "prefill": _pool_tree(self.prefill) if self.prefill else {"replicas": 0, **_capacity(self.decode)},
             "decode": _pool_tree(self.decode),
         }
         config.parse(tree, source="the plan")
+        for name, pool in (("prefill", self.prefill), ("decode", self.decode)):
+            if pool and pool.pp > 1:
+                tree[name]["pipeline_parallel"] = pool.pp
         return tree
 
     def to_yaml(self) -> str:
-        """A configuration file whose head tells what it is for; degrees are there too, configurations have none yet."""
+        """A configuration file whose head tells what it is for."""
         return "".join(f"# {line}\n" for line in self.story()) + yaml.safe_dump(self.config_tree(), sort_keys=False)
 
     def story(self) -> Iterable[str]:
@@ -113,6 +126,8 @@ class Plan:
         yield f"decode{'' if self.prefill else ' (whole sequences)'}: {_degrees(self.decode)}"
         if self.affinity == "high":
             yield f"{self.cells} such clusters, each within one node"
+        if not self.deployable:
+            yield "NOT DEPLOYABLE: this version's workers have no pipeline stages; plan without --pipeline"
         yield f"bottleneck: {self.bottleneck}"
         yield f"one more: {self.one_more}"
         yield f"at twice the load: {self.at_double}"
@@ -201,7 +216,7 @@ class _Improve:
     above: int
 
     def __call__(self, composition: Composition) -> float:
-        return rate_at(improve(composition, self.trial, above=self.above)) * composition.cells
+        return rate_at(improve(composition.cluster, self.trial, above=self.above)) * composition.cells
 
 
 def _more(chosen: Scored, found: Found, trial: Trial, mapper: Mapper) -> tuple[str, str]:
@@ -259,7 +274,14 @@ def _at_double(point: Point, chosen: Scored) -> str:
 
 
 def _pool_tree(pool: PoolPlan) -> dict[str, Any]:
-    return {key: value for key, value in asdict(pool).items() if key not in ("tp", "pp")}
+    return {
+        "replicas": pool.replicas,
+        "tensor_parallel": pool.tp,
+        **_capacity(pool),
+        "step_tokens": pool.step_tokens,
+        "max_running": pool.max_running,
+        "max_waiting": pool.max_waiting,
+    }
 
 
 def _capacity(pool: PoolPlan) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from placement.composition import Space, Way
 from placement.cost import CostModel
 from placement.handoff_cost import HandoffCost
 from placement.hardware import Hardware
 from placement.model_shape import ModelShape
 from placement.replica import EngineLimits
 from placement.roofline import replica
-from placement.search import Space, Way
 from placement.tables import Tables
 
 DEGREES = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
@@ -21,19 +21,25 @@ WHOLE_STEPS = (512, 2048)
 """Token budgets of a step that mixes prefill chunks into decodes: TPOT against TTFT."""
 
 
-def gpu_space(shape: ModelShape, hardware: Hardware, tables: Tables | None, *, longest: int) -> Space:
-    """Every degree that splits the model and leaves room for one request of ``longest`` tokens."""
+def gpu_space(
+    shape: ModelShape, hardware: Hardware, tables: Tables | None, *, longest: int, pipeline: bool = False
+) -> Space:
+    """Every degree that splits the model and leaves room for one request of ``longest`` tokens.
+
+    Without ``pipeline`` only what this system's workers can be: no stages, and every rank its own KV heads.
+    """
     far: dict[tuple[int, int], CostModel] = {}
     near: dict[tuple[int, int], CostModel] = {}
     for tp, pp in DEGREES:
         if tp > hardware.gpus_per_node or not shape.allows(tp, pp):
             continue
-        wire = hardware.intra_node_bytes_per_s * tp
-        close = HandoffCost(shape.kv_token_bytes, shape.layers, wire, latency_s=hardware.link_latency_s)
+        if not (pipeline or _deployable(shape, tp, pp)):
+            continue
         cost = replica(shape, hardware, tables, tp=tp, pp=pp)
         if cost.kv_tokens() // pp >= longest:
-            far[tp, pp] = cost
-            near[tp, pp] = replica(shape, hardware, tables, tp=tp, pp=pp, handoff=close)
+            wire = hardware.intra_node_bytes_per_s * tp
+            close = HandoffCost(shape.kv_token_bytes, shape.layers, wire, latency_s=hardware.link_latency_s)
+            far[tp, pp], near[tp, pp] = cost, cost.with_handoff(close)
     prefill = tuple(EngineLimits(step_tokens=tokens) for tokens in PREFILL_STEPS)
     decode = tuple(EngineLimits(max_running=batch) for batch in DECODE_BATCHES)
     whole = tuple(EngineLimits(step_tokens=tokens) for tokens in WHOLE_STEPS)
@@ -52,3 +58,8 @@ def profiled_space(cost: CostModel, *, page_tokens: int = 16) -> Space:
 
 def _ways(costs: dict[tuple[int, int], CostModel], limits: tuple[EngineLimits, ...]) -> tuple[Way, ...]:
     return tuple(Way(tp, pp, each, cost) for (tp, pp), cost in costs.items() for each in limits)
+
+
+def _deployable(shape: ModelShape, tp: int, pp: int) -> bool:
+    """As ``engine.ranks.require_divisible`` has it: no KV head is copied, and the vocabulary splits, too."""
+    return pp == 1 and shape.kv_heads % tp == 0 and shape.vocab % tp == 0

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import yaml
 
 from baton import config
+from baton.errors import ConfigError
 from placement import goodput, plan
+from placement.composition import Composition, Space, Way
+from placement.cost import StepShape
+from placement.fewest import fewest
+from placement.gates import Gates, ask
 from placement.goodput import UNMET, Trial, climb, rate_at
+from placement.hardware import Hardware
 from placement.linear import LinearCost
+from placement.model_shape import ModelShape
 from placement.outcome import Slo
 from placement.replica import EngineLimits
-from placement.search import Composition, Space, Way, exhaustive, fewest, search
+from placement.search import exhaustive, search
+from placement.spaces import gpu_space
 from placement.synthetic import ObservedLengths, Poisson, draw
 
 LENGTHS = ObservedLengths(((400, 40), (900, 20), (100, 60)))
@@ -106,7 +117,75 @@ def test_a_plan_explains_itself_and_is_a_configuration() -> None:
     assert parsed.decode.max_running == made.decode.max_running
     assert parsed.prefill.replicas == (made.prefill.replicas if made.prefill else 0)
     assert made.gpus <= 4
+    assert parsed.decode.tensor_parallel == made.decode.tp
     for word in ("bottleneck:", "one more:", "at twice the load:", "against"):
         assert word in text
     at_goodput = next(point for point in made.curve if point.rate == made.goodput)
     assert at_goodput.attainment.joint >= 0.9 > made.curve[-1].attainment.joint
+
+
+def test_every_degree_without_stages_is_a_configuration_and_stages_are_refused_by_name(tmp_path: Path) -> None:
+    tried = trial(Slo(0.6, 0.05), requests=60)
+    found = search(Space(*((way(2, 1e-4, 1e-6), way(4, 0.6e-4, 0.8e-6)),) * 3), 8, tried)
+    path = tmp_path / "plan.yaml"
+    for scored in found.best:
+        made = plan.make(scored, found, tried, {"model": "m", "hardware": "h"})
+        path.write_text(made.to_yaml())
+        loaded = config.load(path)
+        assert made.deployable
+        assert loaded.decode.tensor_parallel == made.decode.tp
+        assert loaded.prefill.tensor_parallel == (made.prefill.tp if made.prefill else 1)
+        staged = replace(made, decode=replace(made.decode, pp=2))
+        path.write_text(staged.to_yaml())
+        assert "NOT DEPLOYABLE" in path.read_text()
+        with pytest.raises(ConfigError, match="unknown key") as refused:
+            config.load(path)
+        assert refused.value.field == "decode.pipeline_parallel"
+
+
+def test_only_what_workers_can_be_is_searched_unless_asked_for() -> None:
+    hardware, shape = Hardware.load("h200-sxm"), ModelShape.load("llama-3.1-8b")
+    few = replace(shape, kv_heads=4)
+    plain = gpu_space(few, hardware, None, longest=4096)
+    assert {(w.tp, w.pp) for w in plain.decode} == {(1, 1), (2, 1), (4, 1)}
+    study = gpu_space(few, hardware, None, longest=4096, pipeline=True)
+    assert {(w.tp, w.pp) for w in study.decode} == {(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2)}
+    for far, near in zip(study.prefill, study.near_prefill, strict=True):
+        assert far.key == near.key
+        assert near.cost.transfer_s(1000) < far.cost.transfer_s(1000)
+        assert near.cost.step_s(StepShape(((0, 100),), ())) == far.cost.step_s(StepShape(((0, 100),), ()))
+
+
+def test_the_fewest_accelerators_may_lie_within_nodes() -> None:
+    slo, far, near = Slo(0.25, 0.015), (way(1, 2e-4, 2e-6, 1e-2),), (way(1, 2e-4, 2e-6, 0.0),)
+    tried, nodes = trial(slo), Space(far, far, (), near, node_gpus=2)
+    found = search(nodes, 4, tried)
+    assert [scored.composition.affinity for scored in found.best] == ["high"]
+    rate = 0.9 * found.best[0].goodput
+    chosen = fewest(found, 4, rate, tried)
+    assert chosen is not None
+    assert chosen.composition.affinity == "high"
+    assert tried.meets(chosen.composition.cluster, rate / chosen.composition.cells)
+    half = fewest(found, 4, rate / 2.2, tried)
+    assert half is not None
+    assert half.composition.gpus == 2
+
+
+def test_what_a_pool_missed_rules_out_smaller_pools_and_higher_rates() -> None:
+    gates, one = Gates(), way(1, 2e-4, 2e-6)
+    (prefill, decode) = gates.open(Composition(one, 3, one, 2), 50) or ()
+    assert (prefill.role, prefill.replicas, decode.role, decode.replicas) == ("prefill", 2, "decode", 3)
+    gates.learn((prefill, decode), (True, False))
+    assert gates.open(Composition(one, 3, one, 2), 51) is None
+    assert gates.open(Composition(one, 2, one, 9), 50) is None
+    assert gates.open(Composition(one, 3, one, 2), 49) == (replace(decode, step=decode.step - 1),)
+    (again,) = gates.open(Composition(one, 4, one, 3), 50) or ()
+    assert again == replace(decode, replicas=4)
+    assert gates.open(Composition(one, 4), 99) == ()
+
+
+def test_pools_are_asked_until_one_says_no() -> None:
+    tried, one = trial(Slo(0.25, 1e-9)), way(1, 2e-4, 2e-6)
+    questions = Gates().open(Composition(one, 1, one, 1), 0) or ()
+    assert ask(questions, tried) == (True, False)
+    assert ask(tuple(reversed(questions)), tried) == (False,)
