@@ -23,6 +23,7 @@ KNOWN_BY: Mapping[str, tuple[str, ...]] = {
     "attention_bias": ("llama", "qwen2", "qwen3"),
     "mlp_bias": ("llama",),
     "sliding_window": ("mistral", "ministral", "qwen2", "qwen3"),
+    "rope_interleaved": (),
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -225,40 +226,45 @@ def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 def _rope_scaling(rope: Mapping[str, Any], positions: int) -> RopeScaling:
     """``positions``: max_position_embeddings, which is the original context unless the parameters name one."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    try:
-        match kind:
-            case "default":
-                return None
-            case "linear":
-                return LinearRope(float(rope["factor"]))
-            case "dynamic":
-                return DynamicRope(float(rope["factor"]))
-            case "llama3":
-                low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-                return Llama3Rope(float(rope["factor"]), low, high, _original_context(rope, positions))
-            case "yarn":
-                return _yarn(rope, positions)
-            case _:
-                raise ConfigError(
-                    f"is {kind!r}, supported: default, linear, dynamic, llama3, yarn", field="rope_scaling.rope_type"
-                )
-    except KeyError as error:
-        raise ConfigError(f"{kind} scaling needs {error.args[0]}", field="rope_scaling") from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{kind} scaling is not made of numbers: {error}", field="rope_scaling") from None
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return LinearRope(_needed(rope, kind, "factor"))
+        case "dynamic":
+            return DynamicRope(_needed(rope, kind, "factor"))
+        case "llama3":
+            factor, low, high = (_needed(rope, kind, f"{part}factor") for part in ("", "low_freq_", "high_freq_"))
+            return Llama3Rope(factor, low, high, _original_context(rope, positions))
+        case "yarn":
+            return _yarn(rope, positions)
+        case _:
+            raise ConfigError(
+                f"is {kind!r}, supported: default, linear, dynamic, llama3, yarn", field="rope_scaling.rope_type"
+            )
+
+
+def _needed(rope: Mapping[str, Any], kind: str, key: str) -> float:
+    if rope.get(key) is None:
+        raise ConfigError(f"{kind} scaling needs {key}", field="rope_scaling")
+    return _number(rope, key, 1.0)
 
 
 def _yarn(rope: Mapping[str, Any], positions: int) -> YarnRope:
     original = _original_context(rope, positions)
-    factor = float(rope["factor"]) if rope["factor"] is not None else positions / original
-    attention = rope.get("attention_factor")
-    if attention is None:
-        attention = _magnitude(factor, 1.0)
-        mscale, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
-        if mscale and all_dims:
-            attention = _magnitude(factor, mscale) / _magnitude(factor, all_dims)
-    fast, slow = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0
-    return YarnRope(factor, original, float(attention), float(fast), float(slow), bool(rope.get("truncate", True)))
+    factor = _number(rope, "factor", positions / original)
+    attention = _magnitude(factor, 1.0)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        mscale, all_dims = _number(rope, "mscale", 1.0), _number(rope, "mscale_all_dim", 1.0)
+        attention = _magnitude(factor, mscale) / _magnitude(factor, all_dims)
+    return YarnRope(
+        factor,
+        original,
+        attention_factor=_number(rope, "attention_factor", attention),
+        beta_fast=_number(rope, "beta_fast", 32.0),
+        beta_slow=_number(rope, "beta_slow", 1.0),
+        whole_dimensions=bool(rope.get("truncate", True)),
+    )
 
 
 def _magnitude(factor: float, mscale: float) -> float:

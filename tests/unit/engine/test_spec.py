@@ -37,7 +37,7 @@ def test_defaults_follow_hugging_face(tmp_path: Path) -> None:
     assert (read.kv_heads, read.head_dim, read.norm_eps, read.rope_theta) == (4, 16, 1e-6, 10000.0)
     assert (read.tied_head, read.bos_token_id, read.eos_token_ids, read.rope_scaling) == (False, None, (), None)
     assert (read.qkv_bias, read.out_bias, read.mlp_bias, read.qk_norm, read.windows) == (False, False, False, False, ())
-    with_kv = {"num_key_value_heads": 2}
+    with_kv: dict[str, Any] = {"num_key_value_heads": 2}
     assert spec(tmp_path, model_type="qwen3", **with_kv).head_dim == 128
     assert spec(tmp_path, model_type="mistral", max_position_embeddings=8192, num_attention_heads=8).kv_heads == 8
     assert spec(tmp_path, model_type="mistral", max_position_embeddings=8192, **with_kv).window(0) == 4096
@@ -63,6 +63,8 @@ def test_end_tokens_are_the_union_of_both_files(tmp_path: Path) -> None:
          Llama3Rope(8.0, 1.0, 4.0, 512), 1e4),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}, "rope_theta": 7.0},
          LinearRope(2.0), 5.0),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}},
+         YarnRope(4.0, 128, 1.1386294361119891, 32.0, 1.0, True), 1e4),
         ({"rope_scaling": {"type": "yarn", "factor": 1.0}}, YarnRope(1.0, 512, 1.0, 32.0, 1.0, True), 1e4),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
                               "attention_factor": 0.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}},
@@ -132,6 +134,7 @@ def test_windows_by_layer(tmp_path: Path, changes: dict[str, Any], windows: tupl
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias"),
         ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias"),
         ({"sliding_window": 64}, "sliding_window"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
         ({"model_type": "mistral", "sliding_window": 0, "num_key_value_heads": 4}, "sliding_window"),
         (QWEN_WINDOW | {"num_key_value_heads": 4, "max_window_layers": None}, "max_window_layers"),
         (QWEN_WINDOW | {"num_key_value_heads": 4, "layer_types": [SLIDING]}, "layer_types"),
@@ -154,8 +157,10 @@ def test_windows_by_layer(tmp_path: Path, changes: dict[str, Any], windows: tupl
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling.rope_type"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "rope_scaling"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": []}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 0}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": []}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": True}}, "beta_fast"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1.5}},
             "original_max_position_embeddings",
