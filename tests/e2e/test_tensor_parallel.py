@@ -258,7 +258,9 @@ def decode_replica(client: Any) -> tuple[str, psutil.Process]:
     pool = next(pool for pool in client.status().pools if pool.role == "decode")
     port = int(pool.workers[0].address.rpartition(":")[2])
     for connection in psutil.net_connections(kind="tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+        if connection.status != psutil.CONN_LISTEN or not connection.laddr or not connection.pid:
+            continue
+        if connection.laddr.port == port:
             return pool.workers[0].id, psutil.Process(connection.pid)
     raise AssertionError(f"nobody listens on {port}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -18,7 +19,6 @@ import pytest
 import torch
 
 from baton.errors import ConfigError, Unavailable
-from engine import shared_reduce
 from engine.comm import Alone, RankLost
 from engine.shared_reduce import PIECE_BYTES, SharedReduce, create_shared, map_shared, shared_bytes
 
@@ -200,7 +200,7 @@ def test_a_rank_that_comes_late_is_waited_for(group: Group) -> None:
 
 
 def test_other_processors_are_refused(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_reduce.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     with pytest.raises(ConfigError, match="tensor_parallel: needs x86-64 on CPU, this is aarch64"):
         group.comm(0)
 
