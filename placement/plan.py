@@ -16,6 +16,8 @@ from placement.composition import Affinity, Composition, Way
 from placement.cost import CostModel, StepShape
 from placement.goodput import Trial, improve, rate_at, step_below
 from placement.outcome import Attainment, End, Slo
+from placement.profile import ProfiledReplica
+from placement.roofline import GpuReplica
 from placement.search import Found, Mapper, Scored, resplit
 
 CURVE = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # rates over goodput
@@ -85,6 +87,7 @@ class Plan:
     bottleneck: str
     one_more: str
     at_double: str
+    extrapolated: tuple[str, ...] = ()  # what the prediction at the goodput rests on that was not measured
 
     @property
     def gpus(self) -> int:
@@ -131,6 +134,8 @@ class Plan:
         yield f"bottleneck: {self.bottleneck}"
         yield f"one more: {self.one_more}"
         yield f"at twice the load: {self.at_double}"
+        if self.extrapolated:
+            yield f"beyond what was measured: {'; '.join(self.extrapolated)}"
         for other in self.alternatives:
             gain = self.goodput / other.goodput - 1
             yield f"against {other.title}: {other.goodput:.2f} requests/s; this plan {gain:+.1%}"
@@ -162,7 +167,8 @@ class FreeHandoff:
 def make(chosen: Scored, found: Found, trial: Trial, labels: Mapping[str, str], *, mapper: Mapper = map) -> Plan:
     """The plan of ``chosen``. ``labels``: names of the model and the hardware."""
     composition, cell_goodput = chosen.composition, chosen.goodput / chosen.composition.cells
-    points = tuple(mapper(_Measure(trial, composition), [share * cell_goodput for share in CURVE]))
+    measured = tuple(mapper(_Measure(trial, composition), [share * cell_goodput for share in CURVE]))
+    points = tuple(point for point, _ in measured)
     bottleneck, one_more = _more(chosen, found, trial, mapper)
     longest = max(a.prompt_tokens + a.output_tokens for a in trial.workload.arrivals)
     return Plan(
@@ -186,20 +192,21 @@ def make(chosen: Scored, found: Found, trial: Trial, labels: Mapping[str, str], 
         bottleneck=bottleneck,
         one_more=one_more,
         at_double=_at_double(points[-1], chosen),
+        extrapolated=measured[CURVE.index(1.0)][1],
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Measure:
-    """One point of the curve, for the whole plan."""
+    """One point of the curve, for the whole plan, and what the costs behind it extrapolated."""
 
     trial: Trial
     composition: Composition
 
-    def __call__(self, cell_rate: float) -> Point:
+    def __call__(self, cell_rate: float) -> tuple[Point, tuple[str, ...]]:
         outcome = self.trial.run(self.composition.cluster, cell_rate)
         ttft_s, tpot_s = outcome.percentiles(0.9)
-        return Point(
+        point = Point(
             cell_rate * self.composition.cells,
             outcome.attainment(self.trial.slo),
             ttft_s,
@@ -208,6 +215,7 @@ class _Measure:
             outcome.utilization("decode"),
             outcome.count(End.REFUSED),
         )
+        return point, _extrapolated(self.composition)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +225,15 @@ class _Improve:
 
     def __call__(self, composition: Composition) -> float:
         return rate_at(improve(composition.cluster, self.trial, above=self.above)) * composition.cells
+
+
+def _extrapolated(composition: Composition) -> tuple[str, ...]:
+    """Reasons that the cost models counted, when they were made and since."""
+    costs = [way.cost for way in (composition.prefill, composition.decode) if way]
+    reasons = {
+        reason for cost in costs if isinstance(cost, GpuReplica | ProfiledReplica) for reason in cost.extrapolations
+    }
+    return tuple(sorted(reasons))
 
 
 def _more(chosen: Scored, found: Found, trial: Trial, mapper: Mapper) -> tuple[str, str]:

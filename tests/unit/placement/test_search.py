@@ -21,6 +21,7 @@ from placement.linear import LinearCost
 from placement.model_shape import ModelShape
 from placement.outcome import Slo
 from placement.replica import EngineLimits
+from placement.roofline import STEP_TOKENS, replica
 from placement.search import exhaustive, search
 from placement.spaces import gpu_space
 from placement.synthetic import ObservedLengths, Poisson, draw
@@ -189,3 +190,13 @@ def test_pools_are_asked_until_one_says_no() -> None:
     questions = Gates().open(Composition(one, 1, one, 1), 0) or ()
     assert ask(questions, tried) == (True, False)
     assert ask(tuple(reversed(questions)), tried) == (False,)
+
+
+def test_a_plan_says_what_was_not_measured() -> None:
+    far = EngineLimits(step_tokens=2 * STEP_TOKENS, max_running=64)
+    cost = replica(replace(ModelShape.load("llama-3.1-8b"), layers=2), Hardware.load("h200-sxm"))
+    tried = Trial(draw("drawn", 40, 1.0, Poisson(), ObservedLengths(((2 * STEP_TOKENS, 3),)), seed=3), Slo(9, 9), 40)
+    found = search(Space((), (), (Way(1, 1, far, cost),)), 1, tried)
+    made = plan.make(found.best[0], found, tried, {"model": "m", "hardware": "h"})
+    assert "more tokens in a step than tabulated" in made.extrapolated
+    assert any(line.startswith("beyond what was measured:") for line in made.story())
