@@ -252,7 +252,13 @@ def gpu(batch: int = 64, context: int = 1024) -> None:
         print("no CUDA device: nothing measured")
         return
     device = torch.device("cuda")
-    model = Model(LLAMA_8B, name="random-8b", dtype="bfloat16", device=device, ops=choose_ops(torch.bfloat16, device))
+    model = Model(
+        LLAMA_8B,
+        name="random-8b",
+        dtype="bfloat16",
+        device=device,
+        ops=choose_ops(torch.bfloat16, device, LLAMA_8B.head_dim),
+    )
     for parameter in model.parameters():
         parameter.normal_(0.0, 0.02)
     model.pack()

@@ -15,6 +15,7 @@ from engine.cache import TORCH_DTYPES
 from engine.comm import Comm
 from engine.engine import Engine, LayerObserver
 from engine.model import Model
+from engine.native.ops import native_ops
 from engine.ops import Ops, TorchOps
 from engine.ranks import Ranks
 from engine.spec import ModelSpec
@@ -50,7 +51,7 @@ def load_model(folder: Path, dtype: str, threads: int, comm: Comm | None = None)
         dtype=compute,
         device=device,
         storage=storage,
-        ops=choose_ops(TORCH_DTYPES[compute], device),
+        ops=choose_ops(TORCH_DTYPES[compute], device, spec.head_dim),
         comm=comm,
     )
     weights.load(model, folder, weights.LoadLog())
@@ -58,9 +59,10 @@ def load_model(folder: Path, dtype: str, threads: int, comm: Comm | None = None)
     return model
 
 
-def choose_ops(dtype: torch.dtype, device: torch.device) -> Ops[Any]:
-    """The fastest operations there are for this device."""
-    return TorchOps(dtype, device)
+def choose_ops(dtype: torch.dtype, device: torch.device, head_dim: int) -> Ops[Any]:
+    """The fastest operations there are for this device, in ``dtype`` and with as many threads as torch has now."""
+    native = native_ops(head_dim, torch.get_num_threads()) if dtype == torch.float32 else None
+    return native or TorchOps(dtype, device)
 
 
 def build_engine(

@@ -87,7 +87,7 @@ def _torch_openmp() -> Path | None:
 def _fingerprint(compiler: str, openmp: Path | None) -> str:
     """What the library depends on: sources, flags, compiler, CPU, OpenMP runtime."""
     digest = hashlib.sha256()
-    for source in sorted(SOURCES.glob("*.h")) + [SOURCES / "kernels.cpp"]:
+    for source in (*sorted(SOURCES.glob("*.h")), SOURCES / "kernels.cpp"):
         digest.update(source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     digest.update("\n".join((*FLAGS, compiler, version.stdout, str(openmp), _cpu())).encode())
