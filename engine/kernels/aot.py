@@ -1,4 +1,4 @@
-"""Compiles every kernel for the GPUs we support, on a machine that needs none, and reports what each one uses.
+"""Compiles every kernel for sm_80 (A100) and sm_90 (H100, H200), without a GPU, and reports what each one uses.
 
 ``python -m engine.kernels.aot`` prints registers, shared memory and spilled bytes, and fails when anything spills. What
 Triton compiled before comes from its cache.
@@ -24,8 +24,7 @@ from triton.compiler import ASTSource
 
 from engine.kernels.specialisation import Specialisation
 
-MODULES = ("norm", "rope", "activation", "sampling", "codec")
-CAPABILITIES = (80, 90)  # A100; H100, H200
+MODULES = ("norm", "rope", "activation", "sampling", "codec", "paged_decode", "paged_prefill")
 WARP = 32
 TIMEOUT_S = 60.0  # of one call to cuobjdump; it takes well under one second
 _RESOURCE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
@@ -56,7 +55,7 @@ def build(module: str, index: int, capability: int) -> Built:
 
 def build_all(modules: Sequence[str] = MODULES) -> Iterator[Built]:
     """Every specialisation of ``modules`` for every supported GPU, in processes of their own, in order."""
-    jobs = [(m, i, c) for m in modules for i in range(len(_specialisations(m))) for c in CAPABILITIES]
+    jobs = [(m, i, c) for m in modules for i, spec in enumerate(_specialisations(m)) for c in spec.capabilities]
     # Forked children would share the compiler's threads; one process of its own each is clean and costs 0.3 s.
     workers = min(len(jobs), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

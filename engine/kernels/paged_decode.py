@@ -2,7 +2,7 @@
 
 Memory decides its speed. All query heads that share a KV head form one tile, so that head's keys and values are read
 once (padded to 16 rows, the smallest a tensor core takes), and long contexts are split over several programs whose
-partial results a second kernel merges by their log-sum-exps (Flash-Decoding, crfm.stanford.edu/2023/10/12/flashdecoding).
+partial results a second kernel merges by their log-sum-exps (Flash-Decoding: Dao et al., PyTorch blog, October 2023).
 
 Nothing the host decides depends on the contexts: lengths and block tables are read on the device, so that one CUDA
 graph serves every step of its batch size.
@@ -255,7 +255,9 @@ def _merge_specialisation(splits: int) -> Specialisation:
         **dict.fromkeys(constexprs, "constexpr"),
     }  # fmt: skip
     aligned = frozenset({"partial_ptr", "out_ptr", "out_stride"})
-    return Specialisation(f"paged_decode merge[{splits} splits]", _merge, signature, constexprs, MERGE_WARPS, 3, aligned)
+    return Specialisation(
+        f"paged_decode merge[{splits} splits]", _merge, signature, constexprs, MERGE_WARPS, 3, aligned=aligned
+    )
 
 
 SPECIALISATIONS = (

@@ -7,6 +7,9 @@ The chunk's own keys and values are in the pages already, so that prefix and chu
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +17,9 @@ from torch import Tensor
 
 from engine.kernels.paged_decode import LOG2_E, NO_WINDOW, SMALLEST_TILE, TRITON_DTYPES
 from engine.kernels.specialisation import Specialisation
+
+# Two for each of the loads that feed another (page, then keys and values), one to compute: see paged_decode.
+STAGES = 5
 
 
 @triton.jit
@@ -69,10 +75,9 @@ def _scan(
                 seen &= tokens[None, :] > positions[:, None] - window
             scores = tl.where(seen, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
-        if MASKED and WINDOWED:  # a row may have seen nothing yet
+        finite = larger  # without a window block 0 comes first, which every row sees something of
+        if WINDOWED:
             finite = tl.where(larger > float("-inf"), larger, 0.0)
-        else:  # block 0 comes first, which every row sees something of
-            finite = larger
         shrink = tl.exp2(largest - finite)
         weights = tl.exp2(scores - finite[:, None])
         total = total * shrink + tl.sum(weights, 1)
@@ -109,22 +114,22 @@ def _prefill(
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest contexts first: the last round is then short
     sequence = tl.program_id(2)
     count = tl.load(counts_ptr + sequence)
-    TOKENS: tl.constexpr = ROWS // SHARING
-    if tile * TOKENS >= count:
+    tile_tokens: tl.constexpr = ROWS // SHARING
+    if tile * tile_tokens >= count:
         return
     start = tl.load(starts_ptr + sequence)
     first_row = tl.load(row_starts_ptr + sequence).to(tl.int64)
 
     row = tl.arange(0, ROWS)
-    token = tile * TOKENS + row // SHARING  # of the chunk
+    token = tile * tile_tokens + row // SHARING  # of the chunk
     head = kv_head * SHARING + row % SHARING
     dims = tl.arange(0, HEAD_PADDED)
-    mask = ((row < TOKENS * SHARING) & (token < count))[:, None] & (dims < HEAD_DIM)[None, :]
+    mask = ((row < tile_tokens * SHARING) & (token < count))[:, None] & (dims < HEAD_DIM)[None, :]
     column = head[:, None] * HEAD_DIM + dims[None, :]
     at = (first_row + token)[:, None] * query_stride + column
     queries = tl.load(queries_ptr + at, mask=mask, other=0.0).to(COMPUTE)
 
-    end_token = tl.minimum((tile + 1) * TOKENS, count)
+    end_token = tl.minimum((tile + 1) * tile_tokens, count)
     positions = start + tl.minimum(token, end_token - 1)  # rows that pad the tile do what its last token does
     context = start + end_token  # what the tile's last token sees
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -133,9 +138,9 @@ def _prefill(
     table_ptr += sequence.to(tl.int64) * table_stride
     carried = (mixed, largest, total)
     if WINDOWED:
-        begin = tl.maximum(start + tile * TOKENS - window + 1, 0) // BLOCK
+        begin = tl.maximum(start + tile * tile_tokens - window + 1, 0) // BLOCK
     else:
-        begin = (start + tile * TOKENS + 1) // BLOCK  # blocks before it hold only what the tile's first token sees
+        begin = (start + tile * tile_tokens + 1) // BLOCK  # blocks before it hold only what the tile's first token sees
         carried = _scan(
             carried, queries, positions, layer_ptr, table_ptr, kv_head, scale, window, 0, begin, context,
             False, WINDOWED, KV_HEADS, HEAD_DIM, HEAD_PADDED, PAGE_TOKENS, BLOCK, COMPUTE,
@@ -176,70 +181,89 @@ def paged_prefill(
     out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device) if out is None else out
     if longest == 0:
         return out
-    constexprs, warps, stages = _constants(heads, kv_heads, head_dim, page_tokens, window is not None, layer.dtype)
-    tiles = triton.cdiv(longest, _rows(head_dim, layer.dtype) // (heads // kv_heads))
+    tile = _tile(head_dim, layer.dtype, _hopper(queries.device))
+    constexprs = _constexprs(tile, heads, kv_heads, head_dim, page_tokens, window is not None, layer.dtype)
+    tiles = triton.cdiv(longest, tile.rows // (heads // kv_heads))
     _prefill[(kv_heads, tiles, counts.shape[0])](
         queries, layer, block_table, row_starts, starts, counts, out,
         queries.stride(0), out.stride(0), block_table.stride(0), scale * LOG2_E, window or NO_WINDOW,
-        **constexprs, num_warps=warps, num_stages=stages,
+        **constexprs, num_warps=tile.warps, num_stages=STAGES,
     )  # fmt: skip
     return out
 
 
-def _rows(head_dim: int, dtype: torch.dtype) -> int:
-    """Queries of a tile. 128 rows are what it takes to read keys and values from L2 no faster than H200's can."""
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """``rows`` queries by ``block`` keys, held by ``warps`` warps."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+def _tile(head_dim: int, dtype: torch.dtype, hopper: bool) -> _Tile:
+    """The largest tile that spills no registers (engine.kernels.aot tells).
+
+    128 rows read keys and values from L2 about as fast as an H200 can deliver them; 64 would need twice that.
+    """
     if triton.knobs.runtime.interpret:
-        return SMALLEST_TILE
-    return 32 if dtype == torch.float32 else 128
+        return _Tile(SMALLEST_TILE, SMALLEST_TILE, 4)
+    if dtype == torch.float32:  # multiplied without tensor cores
+        return _Tile(32, 16, 4)
+    if hopper:
+        return _Tile(128, 64 if head_dim <= 128 else 32, 8)
+    return _Tile(128 if head_dim <= 128 else 64, 32, 8)
 
 
-def _constants(
-    heads: int, kv_heads: int, head_dim: int, page_tokens: int, windowed: bool, dtype: torch.dtype
-) -> tuple[dict[str, object], int, int]:
-    """Compile-time constants, warps and pipeline stages."""
-    padded = triton.next_power_of_2(head_dim)
-    block, compute = (64 if padded <= 128 else 32), TRITON_DTYPES[dtype]
-    warps, stages = 8, 3
-    if dtype == torch.float32:  # multiplied without tensor cores, from registers
-        block, warps = 16, 4
-    if triton.knobs.runtime.interpret:  # bf16 products are wrong there
-        block, compute = SMALLEST_TILE, tl.float32
-    constexprs: dict[str, object] = {
+def _constexprs(
+    tile: _Tile, heads: int, kv_heads: int, head_dim: int, page_tokens: int, windowed: bool, dtype: torch.dtype
+) -> dict[str, object]:
+    return {
         "WINDOWED": windowed,
         "KV_HEADS": kv_heads,
         "SHARING": heads // kv_heads,
         "HEAD_DIM": head_dim,
-        "HEAD_PADDED": padded,
+        "HEAD_PADDED": triton.next_power_of_2(head_dim),
         "PAGE_TOKENS": page_tokens,
-        "ROWS": _rows(head_dim, dtype),
-        "BLOCK": block,
-        "COMPUTE": compute,
+        "ROWS": tile.rows,
+        "BLOCK": tile.block,
+        "COMPUTE": tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[dtype],  # no bf16 products there
     }
-    return constexprs, warps, stages
 
 
-def _specialisation(name: str, heads: int, kv_heads: int, head_dim: int, windowed: bool = False) -> Specialisation:
+def _specialisation(
+    name: str, heads: int, kv_heads: int, head_dim: int, capability: int, windowed: bool = False
+) -> Specialisation:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-    constexprs, warps, stages = _constants(heads, kv_heads, head_dim, 16, windowed, dtype)
+    tile = _tile(head_dim, dtype, hopper=capability >= 90)
+    constexprs = _constexprs(tile, heads, kv_heads, head_dim, 16, windowed, dtype)
     signature = {
         "queries_ptr": f"*{name}", "layer_ptr": f"*{name}", "table_ptr": "*i32", "row_starts_ptr": "*i32",
         "starts_ptr": "*i32", "counts_ptr": "*i32", "out_ptr": f"*{name}",
         "query_stride": "i32", "out_stride": "i32", "table_stride": "i32", "scale": "fp32", "window": "i32",
         **dict.fromkeys(constexprs, "constexpr"),
     }  # fmt: skip
-    aligned = {"queries_ptr", "layer_ptr", "table_ptr", "row_starts_ptr", "starts_ptr", "counts_ptr", "out_ptr"}
     label = f"paged_prefill[{name}, {heads}/{kv_heads} heads of {head_dim}{', window' if windowed else ''}]"
-    strides = {"query_stride", "out_stride"}
-    return Specialisation(label, _prefill, signature, constexprs, warps, stages, frozenset(aligned | strides))
+    aligned = frozenset(key for key, kind in signature.items() if kind.startswith("*")) | {"query_stride", "out_stride"}
+    return Specialisation(label, _prefill, signature, constexprs, tile.warps, STAGES, aligned, (capability,))
 
 
-SPECIALISATIONS = (
-    _specialisation("bf16", 32, 8, 128),
-    _specialisation("bf16", 32, 8, 128, windowed=True),
-    _specialisation("fp16", 32, 8, 128),
-    _specialisation("bf16", 9, 3, 64),
-    _specialisation("bf16", 32, 32, 96),
-    _specialisation("bf16", 16, 1, 256),
-    _specialisation("fp32", 9, 3, 64),
-    _specialisation("fp32", 32, 8, 128),
+SPECIALISATIONS = tuple(
+    form
+    for capability in (80, 90)
+    for form in (
+        _specialisation("bf16", 32, 8, 128, capability),
+        _specialisation("bf16", 32, 8, 128, capability, windowed=True),
+        _specialisation("fp16", 32, 8, 128, capability),
+        _specialisation("bf16", 9, 3, 64, capability),
+        _specialisation("bf16", 32, 32, 96, capability),
+        _specialisation("bf16", 16, 1, 256, capability),
+        _specialisation("fp32", 9, 3, 64, capability),
+        _specialisation("fp32", 32, 8, 128, capability),
+    )
 )

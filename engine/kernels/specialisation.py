@@ -21,3 +21,4 @@ class Specialisation:
     num_warps: int
     num_stages: int
     aligned: frozenset[str] = frozenset()  # arguments divisible by 16 (pointers: in bytes), as the launcher sees them
+    capabilities: tuple[int, ...] = (80, 90)  # compute capabilities whose GPUs use this form
