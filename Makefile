@@ -24,13 +24,14 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	@touch $@
 
-check: setup ## format, lint, types, import layers, generated code
+check: setup ## format, lint, types, import layers, generated code, GPU kernels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(PACKAGES) bench proto/generate.py docs/generate.py
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m engine.kernels.aot
 
 test: setup ## every test but the slow ones and those that need a GPU
 	$(BIN)/pytest -m 'not slow and not gpu'

@@ -61,6 +61,10 @@ def load_model(folder: Path, dtype: str, threads: int, comm: Comm | None = None)
 
 def choose_ops(dtype: torch.dtype, device: torch.device, head_dim: int) -> Ops[Any]:
     """The fastest operations there are for this device, in ``dtype`` and with as many threads as torch has now."""
+    if device.type == "cuda":
+        from engine.cuda_ops import CudaOps  # Triton, which only CUDA needs
+
+        return CudaOps(dtype, device)
     native = native_ops(head_dim, torch.get_num_threads()) if dtype == torch.float32 else None
     return native or TorchOps(dtype, device)
 
@@ -80,7 +84,7 @@ def build_engine(
         raise ConfigError(f"{pool.kv_tokens} cannot hold one context of {max_context} tokens", field="kv_tokens")
     if ranks is not None:
         ranks.await_ready()
-    return Engine(
+    engine = Engine(
         model,
         page_tokens=pool.page_tokens,
         pages=pool.kv_tokens // pool.page_tokens,
@@ -92,3 +96,6 @@ def build_engine(
         observer=observer,
         ranks=ranks,
     )
+    if model.device.type == "cuda" and ranks is None and observer is None:  # who has an observer decodes nothing
+        engine.capture_graphs(pool.max_running)
+    return engine

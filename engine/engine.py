@@ -107,6 +107,10 @@ class Engine:
         self._past_timings: dict[str, Timing] = {}
         self.blocked = False  # the last step found work but could run none: it waits for pages that others hold
 
+    def capture_graphs(self, largest: int) -> None:
+        """As :meth:`engine.runner.Runner.capture_graphs`; before the first step."""
+        self._runner.capture_graphs(largest)
+
     def add(self, work: Work, *, prefill_only: bool = False) -> None:
         """Queues ``work``. A prefill_only sequence yields its first token and then holds its pages until released.
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.attention import Span
 from engine.cache import KVCache
 from engine.model import Batch, Model
+
+if TYPE_CHECKING:
+    from engine.graphs import DecodeGraphs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +36,31 @@ class Runner:
 
     def __init__(self, model: Model, cache: KVCache) -> None:
         self._model, self._cache = model, cache
+        self._graphs: DecodeGraphs | None = None
+
+    def capture_graphs(self, largest: int) -> None:
+        """From then on a step of at most ``largest`` decodes and nothing else is one launch. For CUDA's operations."""
+        from engine.graphs import DecodeGraphs  # Triton, which only CUDA needs
+
+        graphs = DecodeGraphs(self._model, self._cache, largest)
+        graphs.capture(lambda done, total: log.info("captured %d of %d CUDA graphs", done, total))
+        self._graphs = graphs
 
     def run(self, step: Step, layer_written: Callable[[int], None] | None = None) -> torch.Tensor:
         """Logits [wanted rows, vocab] on rank 0; the step's KV is in the pages afterwards."""
         model = self._model
         self._cache.copy_pages(step.copied, step.copies)
+        if self._graphs is not None and layer_written is None:
+            logits = self._graphs.forward(step)
+            if logits is not None:
+                return logits
         decodes, chunks = step.spans[: step.decodes], step.spans[step.decodes :]
         positions = [position for span in step.spans for position in range(span.start, span.start + span.count)]
         attention = model.ops.plan(decodes, chunks, self._cache.page_tokens)
-        batch = Batch(self._indexes(step.tokens), self._indexes(positions), self._indexes(step.wanted), attention)
-        return model.forward(batch, self._cache, layer_written)
-
-    def _indexes(self, values: list[int] | tuple[int, ...]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._model.device)
+        # One copy, which the host does not wait for where memory can be pinned.
+        indexes = torch.tensor(
+            (*step.tokens, *positions, *step.wanted), dtype=torch.int64, pin_memory=model.device.type == "cuda"
+        )
+        indexes = indexes.to(model.device, non_blocking=True)
+        tokens, places, wanted = torch.split(indexes, [len(step.tokens), len(positions), len(step.wanted)])
+        return model.forward(Batch(tokens, places, wanted, attention), self._cache, layer_written)

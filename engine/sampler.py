@@ -62,16 +62,24 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
     """One choice per row. logits: [rows, vocab], any float dtype; not changed."""
     raw = logits.float()
     adjusted = _adjust(raw, rows)
-    tokens = adjusted.argmax(dim=-1)
-    drawing = [index for index, row in enumerate(rows) if row.sampling.temperature > 0.0]
-    if drawing:
-        chosen = adjusted if len(drawing) == len(rows) else adjusted[drawing]
-        tokens[drawing] = _draw(chosen, [rows[index] for index in drawing])
+    tokens = _choose_on_gpu(adjusted, rows) if adjusted.is_cuda else _choose(adjusted, rows)
     choices: list[Choice] = [Choice(token) for token in tokens.tolist()]
     for index, row in enumerate(rows):
         if row.sampling.logprobs:
             choices[index] = _with_logprobs(raw[index], choices[index].token, row.sampling.top_logprobs)
     return choices
+
+
+def controls(rows: Sequence[Row]) -> Tensor:
+    """What :func:`engine.kernels.sampling.choose` must know of each row: [5, rows], float64, on the host."""
+    columns = (
+        [row.sampling.temperature for row in rows],
+        [row.sampling.top_k for row in rows],
+        [row.sampling.top_p for row in rows],
+        [row.sampling.min_p for row in rows],
+        [uniform(row.sampling.seed, row.index) if row.sampling.temperature > 0.0 else 0.0 for row in rows],
+    )
+    return torch.tensor(columns, dtype=torch.float64)
 
 
 def uniform(seed: int, index: int) -> float:
@@ -85,6 +93,23 @@ def _splitmix64(state: int) -> int:
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
     return mixed ^ (mixed >> 31)
+
+
+def _choose(adjusted: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Tokens [rows]. adjusted: [rows, vocab]."""
+    tokens = adjusted.argmax(dim=-1)
+    drawing = [index for index, row in enumerate(rows) if row.sampling.temperature > 0.0]
+    if drawing:
+        chosen = adjusted if len(drawing) == len(rows) else adjusted[drawing]
+        tokens[drawing] = _draw(chosen, [rows[index] for index in drawing])
+    return tokens
+
+
+def _choose_on_gpu(adjusted: Tensor, rows: Sequence[Row]) -> Tensor:
+    """As :func:`_choose`, in one kernel, and the host waits for nothing."""
+    from engine.kernels import sampling  # Triton, which only CUDA needs
+
+    return sampling.choose(adjusted, controls(rows).pin_memory().to(adjusted.device, non_blocking=True))
 
 
 def _adjust(raw: Tensor, rows: Sequence[Row]) -> Tensor:

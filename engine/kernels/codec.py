@@ -18,6 +18,7 @@ from engine.kernels.specialisation import Specialisation
 TOKENS_BLOCK = 32
 WARPS = 4
 GROUP = 64  # values that share a scale, at most
+_REFUSED = tl.constexpr(2.0**127)  # its scale, rounded up, would decode to infinity
 
 
 class BlockKernels(Protocol):
@@ -29,14 +30,14 @@ class BlockKernels(Protocol):
     def pack(self, layer: Tensor, slots: Tensor, block: Tensor) -> None:
         """Fills ``block`` [block_bytes] from ``layer`` [cache rows, 2 * kv_heads, head_dim] at ``slots`` [tokens].
 
-        No host sync. Values that are not finite leave a scale in the block that is not finite: the sender refuses it.
+        No host sync. Values that cannot be quantised leave an infinite scale in the block, which the sender refuses.
         """
 
     def unpack(self, block: Tensor, layer: Tensor, slots: Tensor) -> None:
         """Writes the block's K and V to ``layer`` at ``slots``, in the layer's dtype."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one compilation serves every length
 def _pack_int8(
     layer_ptr, slots_ptr, scales_ptr, levels_ptr, tokens, heads, group, TOKENS: tl.constexpr, GROUP_BLOCK: tl.constexpr
 ):
@@ -49,7 +50,7 @@ def _pack_int8(
     slot = tl.load(slots_ptr + token, mask=present, other=0).to(tl.int64)
     row = (slot * heads + head) * (groups * group) + place * group
     x = tl.load(layer_ptr + row[:, None] + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    wild = tl.max((~(tl.abs(x) < float("inf"))).to(tl.int32), axis=1)  # NaN too, which a maximum may lose
+    wild = tl.max((~(tl.abs(x) < _REFUSED)).to(tl.int32), axis=1)  # NaN too, which a maximum may lose
     largest = tl.where(wild > 0, float("inf"), tl.max(tl.abs(x), axis=1))
     # Rounded up to bfloat16, so that no level passes 127.
     bits = tl.math.div_rn(largest, 127.0).to(tl.int32, bitcast=True)
@@ -64,7 +65,7 @@ def _pack_int8(
     tl.store(levels_ptr + out, levels.to(tl.int8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _unpack_int8(
     scales_ptr, levels_ptr, layer_ptr, slots_ptr, tokens, heads, group, TOKENS: tl.constexpr, GROUP_BLOCK: tl.constexpr
 ):
@@ -84,8 +85,11 @@ def _unpack_int8(
 
 
 class Int8Blocks:
-    """Per token, head and group of at most 64 values a bfloat16 scale and one signed byte a value: all scales first,
-    [2, kv_heads, tokens, groups], then all levels, [2, kv_heads, tokens, head_dim]."""
+    """The codec ``int8``. KV that is not finite, or of 2^127 and more, cannot be quantised.
+
+    Per token, head and group of at most 64 values a bfloat16 scale and one signed byte a value: all scales first,
+    [2, kv_heads, tokens, groups], then all levels, [2, kv_heads, tokens, head_dim].
+    """
 
     def block_bytes(self, tokens: int, kv_heads: int, head_dim: int) -> int:
         return 2 * kv_heads * tokens * (head_dim + 2 * (head_dim // group_of(head_dim)))

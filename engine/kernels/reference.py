@@ -70,9 +70,10 @@ def pack_int8(layer: Tensor, slots: Tensor) -> Tensor:
     x = layer[slots].float().transpose(0, 1).reshape(heads, len(slots), -1, group_of(head_dim))
     largest = x.abs().amax(dim=-1)
     bits = ((largest / 127.0).view(torch.int32) + 0xFFFF) & -0x10000  # rounded up to bfloat16
-    bits = bits.where(largest.isfinite(), 0x7F800000)
+    tame = largest < 2.0**127
+    bits = bits.where(tame, 0x7F800000)  # infinity
     steps = bits.view(torch.float32)
-    x = x.where(largest.isfinite()[..., None], 0.0)
+    x = x.where(tame[..., None], 0.0)
     levels = (x / steps.where(steps > 0, 1.0)[..., None]).round().clamp(-127, 127).to(torch.int8)
     return torch.cat(((bits >> 16).to(torch.int16).flatten().view(torch.uint8), levels.flatten().view(torch.uint8)))
 

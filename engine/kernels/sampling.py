@@ -17,7 +17,6 @@ from engine.kernels.specialisation import Specialisation
 
 BLOCK = 2048  # at 4096, sixteen warps run out of registers
 WARPS = 16
-CONTROLS = ("temperature", "top_k", "top_p", "min_p", "uniform")
 
 _LOWEST = tl.constexpr(-2139095041)  # the key of -inf
 _NONE = tl.constexpr(2147483647)
@@ -128,10 +127,10 @@ def _walk(logits_ptr, weights_ptr, vocab, threshold, floor, uniform, BLOCK: tl.c
     return tl.minimum(token, last)  # rounding may leave the target at the total: then it is the last one kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one compilation serves every batch
 def _choose(
     logits_ptr,  # [rows, vocab] float32
-    controls_ptr,  # [5, rows] float64, in the order of CONTROLS
+    controls_ptr,  # [5, rows] float64: temperature, top_k, top_p, min_p, uniform
     weights_ptr,  # [rows, vocab] float64, scratch
     tokens_ptr,  # [rows] int64
     rows,
@@ -161,15 +160,16 @@ def _choose(
 
 
 def choose(logits: Tensor, controls: Tensor, block: int = BLOCK) -> Tensor:
-    """One token a row [rows], int64. logits: [rows, vocab] float32, contiguous.
+    """One token a row [rows], int64. logits: [rows, vocab] float32.
 
-    controls: [5, rows] float64 on the same device, in the order of ``CONTROLS``. Temperature 0 is greedy, of equal
-    logits the smallest id; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 limit nothing; ``uniform`` in [0, 1) draws the token.
+    controls: [5, rows] float64 of :func:`engine.sampler.controls`, on the same device. Temperature 0 is greedy and
+    takes the smallest id of equal logits.
     """
     rows, vocab = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
         weights = torch.empty(rows, vocab, dtype=torch.float64, device=logits.device)
+        logits = logits.contiguous()
         _choose[(rows,)](logits, controls, weights, tokens, rows, vocab, BLOCK=block, num_warps=WARPS)
     return tokens
 

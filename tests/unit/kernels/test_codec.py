@@ -9,13 +9,13 @@ from baton.layout import Dtype, KVLayout
 from engine.cache import TORCH_DTYPES
 from engine.kernels import reference
 from engine.kernels.codec import Int8Blocks
-from kvtransfer.codecs import Int8Codec
+from kvtransfer.codecs import make_codec
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kv_heads", "head_dim", "tokens"), [(2, 64, 5), (1, 128, 40), (3, 80, 3), (1, 6, 1)])
 def test_int8_blocks(kv_heads: int, head_dim: int, tokens: int, dtype: Dtype, device: torch.device) -> None:
-    kernels, codec = Int8Blocks(), Int8Codec(KVLayout("m", 1, kv_heads, head_dim, dtype))
+    kernels, codec = Int8Blocks(), make_codec("int8", KVLayout("m", 1, kv_heads, head_dim, dtype))
     layer = torch.randn(64, 2 * kv_heads, head_dim, device=device).mul_(5).to(TORCH_DTYPES[dtype])
     slots = torch.randperm(64, device=device)[:tokens]
     layer[slots[0], 0] = 0.0
@@ -39,8 +39,8 @@ def test_int8_blocks(kv_heads: int, head_dim: int, tokens: int, dtype: Dtype, de
     torch.testing.assert_close(landed, twin, rtol=2**-7 if interpreted else 0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
-def test_what_is_not_finite_shows_in_its_scale(bad: float, device: torch.device) -> None:
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan"), 2.0**127])
+def test_what_cannot_be_quantised_shows_in_its_scale(bad: float, device: torch.device) -> None:
     layer, slots = torch.randn(4, 2, 64, device=device), torch.tensor([1, 3], device=device)
     layer[3, 1, 20] = bad
     block = torch.zeros(Int8Blocks().block_bytes(2, 1, 64), dtype=torch.uint8, device=device)

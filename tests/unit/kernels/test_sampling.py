@@ -14,19 +14,10 @@ from engine.kernels import reference, sampling
 BLOCK = 128  # several blocks of a small vocabulary
 
 
-def controls_of(rows: list[sampler.Row], device: torch.device) -> torch.Tensor:
-    columns = [
-        (s.temperature, s.top_k, s.top_p, s.min_p, sampler.uniform(s.seed, row.index))
-        for row in rows
-        for s in (row.sampling,)
-    ]
-    return torch.tensor(columns, dtype=torch.float64, device=device).t().contiguous()
-
-
 def choose(logits: torch.Tensor, samplings: list[Sampling]) -> list[int]:
     """The kernel's tokens, after its twin and the sampler agreed with them."""
     rows = [sampler.Row(sampling, index) for index, sampling in enumerate(samplings)]
-    controls = controls_of(rows, logits.device)
+    controls = sampler.controls(rows).to(logits.device)
     tokens: list[int] = sampling.choose(logits, controls, BLOCK).tolist()
     assert tokens == reference.choose(logits, controls).tolist()
     assert tokens == [choice.token for choice in sampler.sample(logits, rows)]
@@ -56,7 +47,7 @@ def test_random_rows(round_number: int, device: torch.device) -> None:
 def test_greedy_takes_the_smallest_of_equal_ids(device: torch.device) -> None:
     logits = torch.zeros(1, 300, device=device)
     logits[0, [77, 200, 290]] = 2.0
-    controls = controls_of([sampler.Row(Sampling(temperature=0.0), 0)], device)
+    controls = sampler.controls([sampler.Row(Sampling(temperature=0.0), 0)]).to(device)
     assert sampling.choose(logits, controls, BLOCK).tolist() == [77]
     assert reference.choose(logits, controls).tolist() == [77]
 
@@ -78,8 +69,7 @@ def test_both_zeros_are_one_number(device: torch.device) -> None:
 def test_masked_tokens_are_never_drawn(device: torch.device) -> None:
     logits = torch.full((4, 150), -torch.inf, device=device)
     logits[:, [9, 140]] = torch.tensor([1.0, 1.5], device=device)
-    limits = [{}, {"top_k": 100}, {"top_p": 0.999}, {"min_p": 0.01}]
-    samplings = [Sampling(temperature=1.0, seed=index, **limit) for index, limit in enumerate(limits)]  # type: ignore[arg-type]
+    samplings = [Sampling(seed=1), Sampling(top_k=100, seed=2), Sampling(top_p=0.999, seed=3), Sampling(min_p=0.01)]
     assert set(choose(logits, samplings)) <= {9, 140}
 
 
