@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -79,7 +80,7 @@ def pair(tiny_folder: Path) -> Iterator[Replica]:
 @pytest.fixture
 def doomed(tiny_folder: Path) -> Iterator[Replica]:
     """For tests after which it is of no use."""
-    replica = Replica(tiny_folder, round_timeout_s=1.0)
+    replica = Replica(tiny_folder, round_timeout_s=2.0)
     yield replica
     replica.ranks.close()
 
@@ -109,6 +110,35 @@ def test_cached_pages_are_shared_and_copied_on_every_rank(harness: Any, tiny: Mo
         engine.add(one)
         assert harness.tokens(harness.run(engine)[one.request_id]) == harness.alone(tiny, one)
     assert engine.load().hit_tokens >= 2 * (len(work.prompt) - 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_stay_together_through_arrivals_cancels_and_preemptions(
+    harness: Any, tiny: Model, pair: Replica, seed: int
+) -> None:
+    """Few pages, prompts that begin alike: every rank shares, copies, gives up and computes again the same pages."""
+    chance, engine = random.Random(seed), pair.engine(pages=24, step_tokens=11)
+    prefixes = [harness.prompt(length, seed=length) for length in (8, 13, 21)]
+    works, tokens = dict[str, Any](), dict[str, list[int]]()
+    for turn in range(120):
+        if turn < 60 and chance.random() < 0.4:
+            tail = harness.prompt(chance.randrange(12), seed=chance.randrange(1000))
+            work = harness.work(f"r{turn}", chance.choice(prefixes) + tail, priority=chance.randrange(3))
+            works[work.request_id], tokens[work.request_id] = work, []
+            engine.add(work)
+        if works and chance.random() < 0.05:
+            cancelled = chance.choice(list(works))
+            if engine.release(cancelled):
+                del works[cancelled]
+        for event in engine.step():
+            tokens[event.request_id].append(event.token)
+        engine.check_integrity()
+    for request_id, events in harness.run(engine).items():
+        tokens[request_id] += [event.token for event in events]
+    assert engine.preemptions > 0
+    assert len(works) > 10
+    for request_id, work in works.items():
+        assert tokens[request_id] == harness.alone(tiny, work), request_id
 
 
 def test_drawn_tokens_and_logprobs_equal_one_ranks(harness: Any, tiny: Model, pair: Replica) -> None:
@@ -186,9 +216,9 @@ def test_a_stopped_rank_fails_the_step_and_is_ended(harness: Any, doomed: Replic
     process = doomed.process
     process.suspend()
     stopped_s = time.monotonic()
-    with pytest.raises(RankLost, match=r"rank 1 is lost: .* behind for 1 s"):
+    with pytest.raises(RankLost, match=r"rank 1 is lost: .* behind for 2 s"):
         harness.run(engine)
-    assert time.monotonic() - stopped_s < 5.0
+    assert time.monotonic() - stopped_s < 6.0
     engine.close()
     assert not process.is_running()
 
