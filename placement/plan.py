@@ -1,24 +1,21 @@
-"""A plan: the pools to deploy, what they are predicted to do, and why it is these.
-
-The explanation is counterfactual: what binds is what, given more of, would raise the goodput most.
-"""
+"""A plan: the pools to deploy, what they are predicted to do, and why it is these (:mod:`placement.explain`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from baton import config
+from placement import explain
 from placement.composition import Affinity, Composition, Way
-from placement.cost import CostModel, StepShape
-from placement.goodput import Trial, improve, rate_at, step_below
+from placement.goodput import Trial
 from placement.outcome import Attainment, End, Slo
 from placement.profile import ProfiledReplica
 from placement.roofline import GpuReplica
-from placement.search import Found, Mapper, Scored, resplit
+from placement.search import Found, Mapper, Scored
 
 CURVE = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # rates over goodput
 
@@ -87,6 +84,7 @@ class Plan:
     bottleneck: str
     one_more: str
     at_double: str
+    frontier: tuple[Alternative, ...] = ()  # other numbers of accelerators
     extrapolated: tuple[str, ...] = ()  # what the prediction at the goodput rests on that was not measured
 
     @property
@@ -141,35 +139,12 @@ class Plan:
             yield f"against {other.title}: {other.goodput:.2f} requests/s; this plan {gain:+.1%}"
 
 
-@dataclass(frozen=True, slots=True)
-class FreeHandoff:
-    """``cost`` with handoffs that take no time: what the links cost is the difference."""
-
-    cost: CostModel
-
-    @property
-    def gpus(self) -> int:
-        return self.cost.gpus
-
-    def step_s(self, step: StepShape) -> float:
-        return self.cost.step_s(step)
-
-    def transfer_s(self, tokens: int) -> float:
-        return 0.0
-
-    def exposed_transfer_s(self, tokens: int) -> float:
-        return 0.0
-
-    def kv_tokens(self) -> int:
-        return self.cost.kv_tokens()
-
-
 def make(chosen: Scored, found: Found, trial: Trial, labels: Mapping[str, str], *, mapper: Mapper = map) -> Plan:
     """The plan of ``chosen``. ``labels``: names of the model and the hardware."""
     composition, cell_goodput = chosen.composition, chosen.goodput / chosen.composition.cells
     measured = tuple(mapper(_Measure(trial, composition), [share * cell_goodput for share in CURVE]))
     points = tuple(point for point, _ in measured)
-    bottleneck, one_more = _more(chosen, found, trial, mapper)
+    bottleneck, one_more = explain.more(chosen, found, trial, mapper)
     longest = max(a.prompt_tokens + a.output_tokens for a in trial.workload.arrivals)
     return Plan(
         model=labels["model"],
@@ -192,6 +167,10 @@ def make(chosen: Scored, found: Found, trial: Trial, labels: Mapping[str, str], 
         bottleneck=bottleneck,
         one_more=one_more,
         at_double=_at_double(points[-1], chosen),
+        frontier=tuple(
+            Alternative(other.title, other.gpus, goodput)
+            for other, goodput in explain.frontier(found, composition.gpus, trial, mapper)
+        ),
         extrapolated=measured[CURVE.index(1.0)][1],
     )
 
@@ -218,15 +197,6 @@ class _Measure:
         return point, _extrapolated(self.composition)
 
 
-@dataclass(frozen=True, slots=True)
-class _Improve:
-    trial: Trial
-    above: int
-
-    def __call__(self, composition: Composition) -> float:
-        return rate_at(improve(composition.cluster, self.trial, above=self.above)) * composition.cells
-
-
 def _extrapolated(composition: Composition) -> tuple[str, ...]:
     """Reasons that the cost models counted, when they were made and since."""
     costs = [way.cost for way in (composition.prefill, composition.decode) if way]
@@ -234,51 +204,6 @@ def _extrapolated(composition: Composition) -> tuple[str, ...]:
         reason for cost in costs if isinstance(cost, GpuReplica | ProfiledReplica) for reason in cost.extrapolations
     }
     return tuple(sorted(reasons))
-
-
-def _more(chosen: Scored, found: Found, trial: Trial, mapper: Mapper) -> tuple[str, str]:
-    """What binds, and what one more accelerator or replica buys."""
-    now, cells = chosen.composition, chosen.composition.cells
-    changes = {"decode": replace(now, decodes=now.decodes + 1)}
-    if now.prefill is not None:
-        free = replace(now.prefill, cost=FreeHandoff(now.prefill.cost))
-        changes["prefill"] = replace(now, prefills=now.prefills + 1)
-        changes["handoff"] = replace(now, prefill=free)
-    fresh = resplit(found, now.gpus + 1) if cells == 1 else None
-    if fresh is not None and fresh.gpus <= now.gpus + 1:
-        changes["resplit"] = fresh
-    above = step_below(chosen.goodput / cells)
-    rates = dict(zip(changes, mapper(_Improve(trial, above), changes.values()), strict=True))
-    gains = {name: max(0.0, rate / chosen.goodput - 1) for name, rate in rates.items()}
-    return _binding(now, gains), _purchase(now, chosen, gains, changes)
-
-
-def _binding(now: Composition, gains: Mapping[str, float]) -> str:
-    resources = {name: gain for name, gain in gains.items() if name != "resplit"}
-    name = max(resources, key=lambda key: resources[key])
-    if resources[name] <= 0:
-        return "none alone: no single pool or link raises the goodput by a step of 2 %"
-    what = {
-        "decode": "decode" if now.prefill else "the co-located pool",
-        "prefill": "prefill",
-        "handoff": "the handoff",
-    }
-    more = "handoffs that take no time" if name == "handoff" else "one more replica"
-    return f"{what[name]}: {more} would raise the goodput by {resources[name]:.1%}"
-
-
-def _purchase(now: Composition, chosen: Scored, gains: Mapping[str, float], changes: Mapping[str, Composition]) -> str:
-    offers = []
-    for name in ("prefill", "decode"):
-        if name in changes:
-            gpus = changes[name].gpus - now.gpus
-            offers.append(f"a {name} replica ({gpus} GPU) +{gains[name] * chosen.goodput:.2f} requests/s")
-    fresh = gains.get("resplit", 0.0)
-    if fresh > 0:
-        offers.append(f"one GPU with the pools split anew ({changes['resplit'].title}) +{fresh * chosen.goodput:.2f}")
-    elif all(changes[name].gpus - now.gpus > 1 for name in ("prefill", "decode") if name in changes):
-        offers.append("a single GPU buys nothing at these degrees")
-    return "; ".join(offers)
 
 
 def _at_double(point: Point, chosen: Scored) -> str:

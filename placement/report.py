@@ -17,7 +17,7 @@ from placement.workload import Workload
 
 
 def draw_plan(plan: Plan, found: Found, path: Path) -> None:
-    """Attainment and use of the pools against the rate; and cost against goodput of everything that was compared."""
+    """Attainment and use of the pools against the rate; and cost against goodput of the variants and other numbers."""
     figure, (attainment, use, pareto) = _figure(3)
     rates = [point.rate for point in plan.curve]
     for name, style in (("joint", "o-"), ("ttft", "v--"), ("tpot", "^--")):
@@ -35,6 +35,8 @@ def draw_plan(plan: Plan, found: Found, path: Path) -> None:
             "co-located" if scored.composition.prefill is None else f"split, {scored.composition.affinity} affinity"
         )
         pareto.plot(scored.composition.gpus, scored.goodput, "o", label=variant)
+    line = sorted([*((other.gpus, other.goodput) for other in plan.frontier), (plan.gpus, plan.goodput)])
+    pareto.plot(*zip(*line, strict=True), "-", color="grey", label="best split promised of so many")
     pareto.plot(plan.gpus, plan.goodput, "x", markersize=12, color="black", label="this plan")
     for label, alone in (("prefill alone", found.prefill_alone), ("decode alone", found.decode_alone)):
         pareto.plot([way.gpus for way, _ in alone], [rate for _, rate in alone], ".", label=label)

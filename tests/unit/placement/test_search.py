@@ -121,6 +121,9 @@ def test_a_plan_explains_itself_and_is_a_configuration() -> None:
     assert parsed.decode.tensor_parallel == made.decode.tp
     for word in ("bottleneck:", "one more:", "at twice the load:", "against"):
         assert word in text
+    fewer = [other for other in made.frontier if other.gpus < made.gpus]
+    assert fewer
+    assert all(0 < other.goodput < made.goodput for other in fewer)
     at_goodput = next(point for point in made.curve if point.rate == made.goodput)
     assert at_goodput.attainment.joint >= 0.9 > made.curve[-1].attainment.joint
 
