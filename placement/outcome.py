@@ -81,13 +81,18 @@ class Attainment:
 
 @dataclass(frozen=True, slots=True)
 class WorkerUse:
-    """What one worker did: seconds in steps, steps, and the most KV pages it held, of how many."""
+    """What one worker did: seconds in steps, steps, and the most KV pages it held, of how many.
+
+    ``hit_tokens`` of the ``entered_tokens`` whose sequences got their pages were in its prefix cache.
+    """
 
     busy_s: float
     steps: int
     pages_high_water: int
     pages_total: int
     preemptions: int
+    entered_tokens: int = 0
+    hit_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,7 +174,16 @@ class Replica:
         return self.scheduler.outputs(request_id)
 
     def use(self) -> WorkerUse:
-        return WorkerUse(self.busy_s, self.steps, self.pool.high_water, self.pool.total, self.scheduler.preemptions)
+        scheduler, pool, holdings = self.scheduler, self.pool, self.scheduler.holdings
+        return WorkerUse(
+            self.busy_s,
+            self.steps,
+            pool.high_water,
+            pool.total,
+            scheduler.preemptions,
+            holdings.entered_tokens,
+            holdings.hit_tokens,
+        )
 
     # ---- steps
 

@@ -7,8 +7,9 @@ What runs is the real code: :class:`engine.scheduler.Scheduler` in every worker 
 pushed loads as old as the real ones. What is modelled: the accelerator and the handoff (a cost model), the line in
 front of a decode worker's pages (``decode_worker.admission``, which waits on an event loop), and the links: a handoff
 holds its sender's and its receiver's link for its whole transfer time, first come first served, and may begin before
-prefill ends by as much as the cost model says is hidden. Not modelled: prefix caches (the engine has none yet) and
-landing-buffer limits. There is no randomness here: the workload brings it.
+prefill ends by as much as the cost model says is hidden. Prefix caches are the real ones too where the workload knows
+which prompts begin alike; they hold prompts only, since no trace says what was answered. Not modelled: landing-buffer
+limits. There is no randomness here: the workload brings it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from placement.cost import CostModel
 from placement.events import Rank, Timeline
 from placement.outcome import End, Outcome, Slo, Trip
 from placement.replica import EngineLimits, Replica
-from placement.workload import Arrival
+from placement.workload import Arrival, page_keys
 from router import policy
 
 Role = Literal["prefill", "decode"]
@@ -78,15 +79,17 @@ def simulate(
     arrivals: Sequence[Arrival],
     *,
     changes: Iterable[Change] = (),
+    block_tokens: int = 0,
     give_up: Slo | None = None,
     fast: bool = True,
 ) -> Outcome:
     """Runs ``arrivals`` through ``cluster`` to the end of the last request.
 
+    block_tokens: tokens of each of the arrivals' blocks, by which workers cache prefixes; 0: they cache nothing.
     With ``give_up`` it stops as soon as so many requests have missed that this SLO's attainment is out of reach.
     ``fast=False`` takes every decode step through the scheduler: the same results, slower.
     """
-    return _Simulation(cluster, arrivals, fast).run(changes, give_up)
+    return _Simulation(cluster, arrivals, block_tokens, fast).run(changes, give_up)
 
 
 @dataclass(slots=True)
@@ -105,9 +108,9 @@ class _Flight:
     def prompt_tokens(self) -> int:
         return self.trip.prompt_tokens + self.before
 
-    def job(self, *, prefill_only: bool = False) -> Job:
+    def job(self, *, prefill_only: bool = False, keys: tuple[int, ...] = ()) -> Job:
         left = self.trip.output_tokens - self.before
-        return Job(self.request_id, self.prompt_tokens, left, prefill_only=prefill_only)
+        return Job(self.request_id, self.prompt_tokens, left, prefill_only=prefill_only, keys=keys)
 
 
 @dataclass(slots=True)
@@ -121,8 +124,9 @@ class _Seen:
 
 
 class _Simulation:
-    def __init__(self, cluster: Cluster, arrivals: Sequence[Arrival], fast: bool) -> None:
+    def __init__(self, cluster: Cluster, arrivals: Sequence[Arrival], block_tokens: int, fast: bool) -> None:
         self._cluster, self._arrivals, self._fast = cluster, arrivals, fast
+        self._block_tokens = block_tokens
         self._timeline = Timeline()
         self._made: list[Replica] = []
         self._pools: dict[Role, list[Replica]] = {"decode": self._workers("decode", cluster.decode)}
@@ -171,7 +175,7 @@ class _Simulation:
         self._flights[flight.request_id] = flight
         try:
             if self._cluster.prefill is None:
-                decode.add(flight.job())
+                decode.add(flight.job(keys=self._keys(flight, decode)))
             else:
                 self._queue_for_pages(flight)
         except (Overloaded, InvalidRequest):
@@ -206,12 +210,18 @@ class _Simulation:
         try:
             if prefill is None:
                 raise Overloaded("no prefill worker")
-            prefill.add(flight.job(prefill_only=True))
+            prefill.add(flight.job(prefill_only=True, keys=self._keys(flight, prefill)))
         except (Overloaded, InvalidRequest):
             self._drop(flight, End.REFUSED)
             self._unreserve(flight)
             return
         flight.prefill = prefill
+
+    def _keys(self, flight: _Flight, worker: Replica) -> tuple[int, ...]:
+        """Names of the prompt's pages on ``worker``. Tokens that an earlier attempt sent have none, as in the trace."""
+        if not self._block_tokens:
+            return ()
+        return page_keys(self._arrivals[_index(flight)], self._block_tokens, worker.limits.page_tokens)
 
     def prefilled(self, replica: Replica, request_id: str, now_s: float) -> None:
         """The first token is out; the KV goes to the decode worker as soon as both links are free."""

@@ -15,6 +15,7 @@ import numpy as np
 from baton.errors import ConfigError
 
 SHARES = (0.5, 0.9, 0.95, 0.99)
+END_BITS = 32  # no prompt is that long
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,16 @@ class Arrival:
     prompt_tokens: int
     output_tokens: int
     blocks: tuple[int, ...] = ()
+
+
+def page_keys(arrival: Arrival, block_tokens: int, page_tokens: int) -> tuple[int, ...]:
+    """What names the full pages of ``arrival``'s prompt in a prefix cache, from its blocks' hashes.
+
+    A block's hash stands for all tokens up to the block's end (or the prompt's), so together with a page's end it names
+    every page that ends in the block. Pages past the last hash have no name.
+    """
+    ends = range(page_tokens, min(arrival.prompt_tokens, len(arrival.blocks) * block_tokens) + 1, page_tokens)
+    return tuple(arrival.blocks[(end - 1) // block_tokens] << END_BITS | end for end in ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +86,17 @@ class Workload:
         return replace(self, arrivals=self.arrivals[:requests])
 
     def lasting(self, requests: int) -> Workload:
-        """The first ``requests``, the whole repeated as often as that takes."""
+        """The first ``requests``, the whole repeated as often as that takes, each time with prefixes of its own."""
         if requests <= len(self.arrivals):
             return self.first(requests)
         period_s = self.span_s * len(self.arrivals) / max(1, len(self.arrivals) - 1)
         rounds = -(-requests // len(self.arrivals))
-        repeated = (replace(a, at_s=a.at_s + n * period_s) for n in range(rounds) for a in self.arrivals)
+        hashes = 1 + max((block for a in self.arrivals for block in a.blocks), default=0)
+        repeated = (
+            replace(a, at_s=a.at_s + n * period_s, blocks=tuple(block + n * hashes for block in a.blocks))
+            for n in range(rounds)
+            for a in self.arrivals
+        )
         return replace(self, arrivals=tuple(repeated)[:requests])
 
     def of(self, arrivals: Sequence[Arrival]) -> Workload:
@@ -142,7 +158,7 @@ def describe(workload: Workload) -> Description:
 def prefix_share(workload: Workload) -> float | None:
     """Share of prompt blocks that came before, in order: what no prefix cache can beat (None without hashes).
 
-    A statistic only: the engine has no prefix cache, so neither the simulator nor any plan takes credit for it.
+    A statistic of the trace alone: a worker's cache is bounded, and requests of one prefix reach different workers.
     """
     if not workload.block_tokens:
         return None

@@ -71,24 +71,29 @@ def summary(outcome: Outcome) -> list[tuple[object, ...]]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lengths=st.lists(LENGTHS, min_size=1, max_size=25), costs=st.tuples(COSTS, COSTS), limits=LIMITS,
-       changes=CHANGES, kind=st.tuples(st.booleans(), st.booleans()))  # fmt: skip
+       changes=CHANGES, kind=st.tuples(st.booleans(), st.booleans()),
+       blocks=st.lists(st.integers(0, 3), min_size=1, max_size=25))  # fmt: skip
 def test_runs_equal_single_steps(
+    *,
     lengths: list[tuple[float, int, int]], costs: tuple[LinearCost, LinearCost], limits: EngineLimits,
-    changes: list[Change], kind: tuple[bool, bool],
+    changes: list[Change], kind: tuple[bool, bool], blocks: list[int],
 ) -> None:  # fmt: skip
     (prefill, decode), (split, summed) = costs, kind
     arrivals, at_s = [], 0.0
-    for gap_s, prompt, output in lengths:
+    for index, (gap_s, prompt, output) in enumerate(lengths):
         at_s += gap_s
-        arrivals.append(Arrival(at_s, prompt, output))
+        prefix = blocks[index % len(blocks)]  # 0: nothing is known of the prompt
+        arrivals.append(
+            Arrival(at_s, prompt, output, tuple(8 * prefix + n for n in range(-(-prompt // 64) * (prefix > 0))))
+        )
     cost = decode if summed else PerSequence(decode)
     cluster = Cluster(decode=Pool(cost, 2, limits), prefill=Pool(prefill, 2, limits) if split else None)
     kept = [change for change in changes if split or change.role == "decode"]
-    fast = simulate(cluster, arrivals, changes=kept)
-    slow = simulate(cluster, arrivals, changes=kept, fast=False)
+    fast = simulate(cluster, arrivals, changes=kept, block_tokens=64)
+    slow = simulate(cluster, arrivals, changes=kept, block_tokens=64, fast=False)
     assert summary(fast) == summary(slow)
-    assert [use.steps for use in fast.workers.values()] == [use.steps for use in slow.workers.values()]
-    assert [use.preemptions for use in fast.workers.values()] == [use.preemptions for use in slow.workers.values()]
+    for ours, theirs in zip(fast.workers.values(), slow.workers.values(), strict=True):
+        assert (ours.steps, ours.preemptions, ours.hit_tokens) == (theirs.steps, theirs.preemptions, theirs.hit_tokens)
 
 
 @settings(max_examples=40, deadline=None)

@@ -53,6 +53,8 @@ class Harness:
         step_tokens: int = 32,
         max_running: int = 16,
         max_waiting: int = 64,
+        mixed_tokens: int = 0,
+        prefix_cache: bool = True,
         observer: LayerObserver | None = None,
     ) -> Engine:
         return Engine(
@@ -62,6 +64,8 @@ class Harness:
             step_tokens=step_tokens,
             max_running=max_running,
             max_waiting=max_waiting,
+            mixed_tokens=mixed_tokens,
+            prefix_cache=prefix_cache,
             observer=observer,
         )
 

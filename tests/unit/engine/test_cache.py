@@ -54,3 +54,15 @@ def test_bfloat16_and_bytes() -> None:
 def test_tokens_outside_the_pages_are_refused(start: int, count: int) -> None:
     with pytest.raises(IndexError, match="outside 2 pages of 4"):
         make(4).gather(0, (0, 1), start, count)
+
+
+def test_copied_pages_are_read_before_any_is_written() -> None:
+    cache = make(4, pages=3)
+    for layer in cache.layers:
+        layer.copy_(torch.randn_like(layer))
+    before = [layer.clone() for layer in cache.layers]
+    cache.copy_pages((0, 1), (1, 2))
+    for old, new in zip(before, cache.layers, strict=True):
+        assert torch.equal(new[4:], old[:8])
+        assert torch.equal(new[:4], old[:4])
+    cache.copy_pages((), ())

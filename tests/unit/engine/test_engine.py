@@ -102,6 +102,78 @@ def test_handed_over_sequence_continues_as_if_it_had_stayed(tiny: Model, harness
     assert prefill.load().pages_used == decode.load().pages_used == 0
 
 
+def test_a_prompt_that_begins_like_an_earlier_one_computes_the_rest_only(tiny: Model, harness: Harness) -> None:
+    begin, mine, other = harness.prompt(40), harness.prompt(9, 1), harness.prompt(9, 2)
+    engine = harness.engine(tiny, pages=64)
+    engine.add(harness.work("warm", begin + other))
+    harness.run(engine)
+    assert (engine.load().pages_used, engine.load().hit_tokens) == (0, 0)
+    engine.add(harness.work("a", begin + mine))
+    assert harness.tokens(harness.run(engine)["a"]) == harness.alone(tiny, harness.work("a", begin + mine))
+    assert (engine.load().hit_tokens, engine.load().entered_tokens) == (40, 98)
+    cold = harness.engine(tiny, prefix_cache=False)
+    for name in "ab":
+        cold.add(harness.work(name, begin))
+    harness.run(cold)
+    assert (cold.load().hit_tokens, cold.load().pages_cached) == (0, 0)
+
+
+def test_an_answer_is_part_of_the_next_turns_prefix(tiny: Model, harness: Harness) -> None:
+    engine, prompt = harness.engine(tiny), harness.prompt(21)
+    engine.add(harness.work("turn 1", prompt))
+    answer = harness.tokens(harness.run(engine)["turn 1"])
+    talk = [*prompt, *answer, *harness.prompt(6, 3)]
+    engine.add(harness.work("turn 2", talk))
+    assert harness.tokens(harness.run(engine)["turn 2"]) == harness.alone(tiny, harness.work("turn 2", talk))
+    assert engine.load().hit_tokens == 32  # of 33 tokens, the newest of which was never computed
+
+
+def test_wholly_cached_prompts_share_pages_and_change_none(tiny: Model, harness: Harness) -> None:
+    work = harness.work("a", harness.prompt(16))
+    local = harness.alone(tiny, work)
+    engine = harness.engine(tiny)
+    engine.add(work)
+    harness.run(engine)
+    for name in "bcd":
+        engine.add(dataclasses.replace(work, request_id=name))
+    events = harness.run(engine)
+    assert [harness.tokens(events[name]) for name in "bcd"] == [local] * 3
+    assert engine.load().hit_tokens == 3 * 15
+
+
+@pytest.mark.parametrize("length", [16, 19])
+def test_a_handoff_sends_the_cached_tokens_too(tiny: Model, harness: Harness, length: int) -> None:
+    work = harness.work("a", harness.prompt(length))
+    recorder = Recorder()
+    prefill, decode = harness.engine(tiny, step_tokens=8, observer=recorder), harness.engine(tiny, page_tokens=7)
+    recorder.engine = prefill
+    prefill.add(harness.work("warm", harness.prompt(length)))
+    harness.run(prefill)
+    prefill.add(work, prefill_only=True)
+    [first] = harness.run(prefill)["a"]
+    assert prefill.load().hit_tokens == min(16, length - 1)
+    assert [(chunk.start, chunk.count) for layer, chunk in recorder.calls if layer == 2] == [(0, length)]
+    pages = decode.reserve(work)
+    for layer, start, keys, values in recorder.kv:
+        decode.cache.scatter(layer, pages, start, keys, values)  # type: ignore[arg-type]
+    decode.start("a", first)
+    assert [first.token, *harness.tokens(harness.run(decode)["a"])] == harness.alone(tiny, work)
+
+
+@pytest.mark.parametrize(("exact", "hits"), [(True, 16), (False, 0)])
+def test_kv_that_a_codec_changed_serves_no_other_sequence(
+    tiny: Model, harness: Harness, exact: bool, hits: int
+) -> None:
+    engine, work = harness.engine(tiny), harness.work("a", harness.prompt(17))
+    engine.reserve(work)
+    engine.start("a", TokenEvent("a", 0, 5), exact=exact)
+    harness.run(engine)
+    engine.add(dataclasses.replace(work, request_id="b"))
+    events = harness.run(engine)["b"]
+    assert engine.load().hit_tokens == hits
+    assert exact or harness.tokens(events) == harness.alone(tiny, work)
+
+
 def test_started_sequence_survives_preemption(tiny: Model, harness: Harness) -> None:
     work = harness.work("a", harness.prompt(10), SEEDED)
     local = harness.alone(tiny, work)

@@ -35,6 +35,47 @@ def test_a_free_page_can_be_neither_dropped_nor_shared() -> None:
         pool.share([1])
 
 
+def test_kept_pages_go_idle_count_as_free_and_are_evicted_longest_idle_first() -> None:
+    pool, evicted = PagePool(4, 16), []
+    pool.on_evict = evicted.append
+    first, second, third, plain = pool.take(4)
+    for page in (first, second, third):
+        pool.keep(page)
+    pool.drop([second, plain, third, first])
+    assert (pool.free, pool.used, pool.kept, pool.idle_in_order()) == (4, 0, 3, (second, third, first))
+    pool.share([third])
+    assert (pool.free, pool.used, pool.idle_among([first, second, third])) == (3, 1, 2)
+    assert set(pool.take(2)) == {second, plain}
+    pool.check_integrity([[third], [second], [plain]])
+    assert evicted == [second]
+    assert pool.take(1) == [first]
+    assert (pool.free, pool.kept, evicted) == (0, 1, [second, first])
+
+
+def test_an_unused_page_can_not_be_kept() -> None:
+    with pytest.raises(PageIntegrityError, match="cannot be kept"):
+        PagePool(2, 16).keep(1)
+
+
+def test_pages_shared_by_others_are_not_freed() -> None:
+    pool = PagePool(3, 16)
+    pages = pool.take(3)
+    pool.share(pages[:1])
+    assert pool.freed_by([pages]) == set(pages[1:])
+    assert pool.freed_by([pages, pages[:1]]) == set(pages)
+
+
+def test_integrity_finds_an_idle_page_that_is_not_kept() -> None:
+    pool = PagePool(2, 16)
+    [page] = pool.take(1)
+    pool.keep(page)
+    pool.drop([page])
+    pool.check_integrity([])
+    pool._idle.clear()
+    with pytest.raises(PageIntegrityError, match="idle pages"):
+        pool.check_integrity([])
+
+
 def test_pages_for_rounds_up() -> None:
     pool = PagePool(2, 16)
     assert [pool.pages_for(tokens) for tokens in (0, 1, 16, 17)] == [0, 1, 1, 2]

@@ -128,6 +128,91 @@ def test_a_more_important_sequence_takes_pages_from_a_less_important_one() -> No
     assert queue.preemptions == 1
 
 
+def test_a_waiting_sequence_takes_the_place_of_a_less_important_one() -> None:
+    queue = scheduler(max_running=2)
+    queue.add(Job("old", 2, 9), 0.0)
+    queue.add(Job("young", 2, 9), 0.0)
+    step(queue)
+    queue.add(Job("equal", 2, 9), 0.0)
+    assert [name for name, *_ in step(queue)] == ["old", "young"]
+    queue.add(Job("urgent", 2, 9, priority=1), 0.0)
+    assert step(queue) == [("old", 3, 1, True), ("urgent", 0, 2, True)]
+    assert (queue.preemptions, queue.waiting) == (1, 2)
+    queue.release("urgent")
+    assert step(queue) == [("old", 4, 1, True), ("young", 0, 4, True)]
+
+
+def test_as_few_pages_are_taken_from_the_less_important_as_suffice() -> None:
+    queue = scheduler(pages=6, page_tokens=4, step_tokens=32)
+    for name, priority in (("a", 1), ("b", 0), ("c", 0)):
+        queue.add(Job(name, 5, 4, priority), 0.0)
+    step(queue)
+    queue.add(Job("urgent", 7, 1, priority=2), 0.0)
+    assert step(queue) == [("a", 5, 1, True), ("b", 5, 1, True), ("urgent", 0, 7, True)]
+    queue.add(Job("huge", 24, 1, priority=1), 0.0)
+    step(queue)
+    assert queue.preemptions == 1  # not even all of lower priority would suffice, so none is
+
+
+def test_a_landed_sequence_takes_the_place_of_a_less_important_one() -> None:
+    queue = scheduler(max_running=1)
+    queue.add(Job("minor", 2, 9), 0.0)
+    step(queue)
+    for name, priority in (("equal", 0), ("major", 1)):
+        queue.reserve(Job(name, 2, 9, priority), 0.0)
+        queue.start(name)
+    assert [name for name, *_ in step(queue)] == ["major"]
+    queue.release("major")
+    assert [name for name, *_ in step(queue)] == ["equal"]
+
+
+def test_a_reservation_takes_pages_from_the_less_important() -> None:
+    queue = scheduler(pages=3, page_tokens=2)
+    queue.add(Job("minor", 5, 2), 0.0)
+    step(queue)
+    with pytest.raises(Overloaded):
+        queue.reserve(Job("equal", 2, 2), 0.0)
+    assert len(queue.reserve(Job("major", 2, 2, priority=1), 0.0)) == 1
+    assert (queue.preemptions, queue.waiting) == (1, 1)
+    queue.reserve(Job("more", 2, 2, priority=1), 0.0)  # what minor waits for is not kept for it
+    queue.check_integrity()
+
+
+def test_pages_that_others_may_be_reading_are_taken_by_nobody() -> None:
+    queue = scheduler(pages=2, page_tokens=4)
+    queue.add(Job("sending", 8, 1, prefill_only=True), 0.0)
+    queue.add(Job("urgent", 8, 1, priority=9), 0.0)
+    queue.release("urgent")
+    assert step(queue) == [("sending", 0, 8, True)]
+    queue.add(Job("urgent", 8, 1, priority=9), 0.0)
+    assert step(queue) == []
+    assert queue.preemptions == 0
+
+
+def test_when_the_only_running_sequence_loses_its_pages_a_landed_one_gets_its_place() -> None:
+    queue = scheduler(pages=3, page_tokens=1, max_running=1)
+    queue.add(Job("running", 1, 3), 0.0)
+    step(queue)
+    queue.reserve(Job("landed", 2, 1), 0.0)
+    queue.start("landed")
+    assert step(queue) == [("landed", 2, 1, True)]  # into the page that the other had
+    assert (queue.running, queue.waiting) == (1, 1)
+    queue.release("landed")
+    assert step(queue) == [("running", 0, 2, True)]
+
+
+def test_prompts_beside_decodes_are_cut_to_mixed_tokens() -> None:
+    pool = PagePool(16, 4)
+    queue = Scheduler(pool, step_tokens=16, max_running=4, max_waiting=8, mixed_tokens=3)
+    queue.add(Job("decode", 12, 9), 0.0)
+    assert step(queue) == [("decode", 0, 12, True)]  # nobody waits for a token here
+    queue.add(Job("new", 7, 9), 0.0)
+    assert step(queue) == [("decode", 12, 1, True), ("new", 0, 3, False)]
+    assert step(queue) == [("decode", 13, 1, True), ("new", 3, 3, False)]
+    queue.mixed_tokens = 16
+    assert step(queue) == [("decode", 14, 1, True), ("new", 6, 1, True)]
+
+
 def test_a_sequence_that_can_never_fit_is_refused() -> None:
     queue = scheduler(pages=2, page_tokens=4)
     with pytest.raises(InvalidRequest, match="9 tokens can never fit"):

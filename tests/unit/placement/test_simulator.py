@@ -137,3 +137,13 @@ def test_linear_cost_of_mixed_steps_pays_the_constant_once() -> None:
     mixed = StepShape(((0, 10),), (100,))
     assert COST.step_s(mixed) == pytest.approx(0.01 + 10 * 0.001)
     assert COST.step_s(StepShape((), ())) == 0.0
+
+
+def test_workers_cache_prefixes_where_the_workload_knows_them() -> None:
+    arrivals = [Arrival(0.0, 100, 5, (1, 2)), Arrival(1.0, 100, 5, (1, 3))]
+    for cluster in (Cluster(Pool(COST, 1)), Cluster(Pool(COST, 1), Pool(COST, 1))):
+        cold, warm = simulate(cluster, arrivals), simulate(cluster, arrivals, block_tokens=64)
+        assert [trip.ttft_s for trip in cold.trips] == pytest.approx([0.11, 0.11])
+        assert [trip.ttft_s for trip in warm.trips] == pytest.approx([0.11, 0.11 - 0.064])
+        assert sum(use.hit_tokens for use in warm.workers.values()) == 64
+        assert sum(use.hit_tokens for use in cold.workers.values()) == 0

@@ -10,7 +10,7 @@ import pytest
 from baton.errors import ConfigError
 from placement import report, traces
 from placement.synthetic import Bursts, Gamma, LogNormalLengths, ObservedLengths, Poisson, draw, like
-from placement.workload import Arrival, Workload, describe, prefix_share
+from placement.workload import Arrival, Workload, describe, page_keys, prefix_share
 
 TRACES = Path(__file__).parents[4] / "shared" / "data" / "traces"
 needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason=f"no traces in {TRACES}")
@@ -132,3 +132,21 @@ def test_a_workload_is_drawn_to_a_file(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report.draw_workload(draw("drawn", 50, 1.0, Poisson(), LENGTHS, seed=0), tmp_path / "w.png")
     assert (tmp_path / "w.png").stat().st_size > 1000
+
+
+def test_pages_are_named_by_the_block_that_they_end_in_and_by_their_end() -> None:
+    arrival = Arrival(0.0, 20, 1, blocks=(7, 8, 9))
+    fine, coarse = page_keys(arrival, 8, 4), page_keys(arrival, 8, 16)
+    assert len(set(fine)) == len(fine) == 5
+    assert fine[:4] == page_keys(Arrival(0.0, 16, 1, blocks=(7, 8)), 8, 4)  # what begins alike is named alike
+    assert fine[:2] == page_keys(Arrival(0.0, 24, 1, blocks=(7, 5, 6)), 8, 4)[:2]
+    assert set(fine[2:]).isdisjoint(page_keys(Arrival(0.0, 24, 1, blocks=(7, 5, 6)), 8, 4))
+    assert coarse == (fine[3],)
+    assert page_keys(Arrival(0.0, 20, 1), 8, 4) == ()
+
+
+def test_a_repeated_workload_begins_with_new_prefixes() -> None:
+    workload = Workload("w", (Arrival(0.0, 8, 1, (0, 1)), Arrival(1.0, 8, 1, (0, 2))), block_tokens=4)
+    repeated = workload.lasting(4)
+    assert [arrival.blocks for arrival in repeated.arrivals] == [(0, 1), (0, 2), (3, 4), (3, 5)]
+    assert prefix_share(repeated) == prefix_share(workload)
