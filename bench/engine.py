@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import typer
@@ -18,7 +19,7 @@ import typer
 from baton.config import Config, PoolConfig
 from baton.request import Sampling, Work
 from bench import report
-from engine import hub
+from engine import hub, weights
 from engine.build import build_engine, choose_ops, load_model
 from engine.engine import Engine
 from engine.model import Model
@@ -111,13 +112,10 @@ def decode_steps(model: Model, batch: int, steps: int = 30) -> dict[str, float]:
         spent.append(time.perf_counter() - start_s)
         return logits
 
-    model.forward = timed  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(model, "forward", timed):
         engine.step()
         spent.clear()
         whole = [seconds(engine.step) for _ in range(steps)]
-    finally:
-        del model.forward  # type: ignore[method-assign]
     share = 1.0 - statistics.median(inside / all_ for inside, all_ in zip(spent, whole, strict=True))
     return {"step_ms": 1e3 * statistics.median(whole), "not_model_share": share}
 
@@ -252,15 +250,11 @@ def gpu(batch: int = 64, context: int = 1024) -> None:
         print("no CUDA device: nothing measured")
         return
     device = torch.device("cuda")
-    model = Model(
-        LLAMA_8B,
-        name="random-8b",
-        dtype="bfloat16",
-        device=device,
-        ops=choose_ops(torch.bfloat16, device, LLAMA_8B.head_dim),
-    )
-    for parameter in model.parameters():
-        parameter.normal_(0.0, 0.02)
+    ops = choose_ops(torch.bfloat16, device, LLAMA_8B.head_dim)
+    model = Model(LLAMA_8B, name="random-8b", dtype="bfloat16", device=device, ops=ops)
+    for place in weights.places(model).values():
+        assert place.target is not None, "one rank has every tensor"
+        place.target.normal_(0.0, 0.02)
     model.pack()
     bandwidth = copy_bandwidth(device)
     engine = build_engine(model, pool(kv_tokens=2 * batch * context, max_running=batch), 4096)
@@ -289,8 +283,6 @@ def before_after(threads: Threads = 1) -> None:
     """What the operations of this device gain over plain torch, in one run."""
     model, folder = small_model(threads)
     plain = Model(model.spec, name="plain", dtype="float32", device=model.device, storage=model.storage)
-    from engine import weights
-
     weights.load(plain, folder)
     plain.pack()
     assert isinstance(plain.ops, TorchOps)

@@ -40,7 +40,7 @@ LINE = re.compile(
 )
 SETTINGS: dict[str, dict[str, Any]] = {
     "whole": {"prefill.replicas": 0, "decode.replicas": 1, "decode.threads": 2},
-    "pd": {"prefill.replicas": 1, "decode.replicas": 1, "prefill.threads": 1, "decode.threads": 1},
+    "pd": {"prefill.threads": 1, "decode.threads": 1, "prefill.pin": True, "decode.pin": True},
 }
 PORTS = {"whole": 18100, "pd": 18200}
 
@@ -83,7 +83,7 @@ class Peer:
             if self.setting == "whole" and _healthy(f"{self.url}/health"):
                 return
             time.sleep(0.5)
-        raise typer.Exit(f"the peer did not start; see {log}")  # type: ignore[arg-type]
+        raise RuntimeError(f"the peer did not start; see {log}")
 
     def load(self) -> list[Row]:
         """One pass of the scripts' own load generator."""
