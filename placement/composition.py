@@ -114,11 +114,20 @@ def splits(prefills: Rates, decodes: Rates, gpus: int) -> Iterator[Promise]:
 
 
 def near_splits(space: Space, prefills: Rates, decodes: Rates, gpus: int) -> Iterator[Promise]:
-    """Every node a cell of its own."""
-    cell_gpus = min(gpus, space.node_gpus)
-    near = {way.key: way for way in space.near_prefill}
-    for promise in splits(prefills, decodes, cell_gpus):
-        yield from _in_cells(promise, near, gpus // cell_gpus)
+    """Cells within nodes, of every size that is the largest of which so many fit."""
+    near, fitting = {way.key: way for way in space.near_prefill}, 0
+    for cell_gpus in range(min(gpus, space.node_gpus), 1, -1):
+        cells = cells_within(gpus, space.node_gpus, cell_gpus)
+        if cells == fitting:
+            continue
+        fitting = cells
+        for promise in splits(prefills, decodes, cell_gpus):
+            yield from _in_cells(promise, near, cells)
+
+
+def cells_within(gpus: int, node_gpus: int, cell_gpus: int) -> int:
+    """How many cells fit ``gpus`` accelerators that come in nodes, the last one perhaps not whole."""
+    return gpus // node_gpus * (node_gpus // cell_gpus) + gpus % node_gpus // cell_gpus
 
 
 def colocated(wholes: Rates, gpus: int) -> Iterator[Promise]:
@@ -127,15 +136,16 @@ def colocated(wholes: Rates, gpus: int) -> Iterator[Promise]:
             yield Promise(Composition(way, gpus // way.gpus), rate * (gpus // way.gpus))
 
 
-def cells_for(space: Space, prefills: Rates, decodes: Rates, rate: float) -> Iterator[Promise]:
+def cells_for(space: Space, prefills: Rates, decodes: Rates, gpus: int, rate: float) -> Iterator[Promise]:
     """As many cells, each within a node, as may serve ``rate``: from ``CELL_SLACK`` times fewer than promised on."""
     near = {way.key: way for way in space.near_prefill}
-    for gpus in range(2, space.node_gpus + 1):
-        for promise in splits(prefills, decodes, gpus):
-            if promise.composition.gpus < gpus:
-                continue  # came with fewer accelerators
+    for cell_gpus in range(2, space.node_gpus + 1):
+        most = cells_within(gpus, space.node_gpus, cell_gpus)
+        for promise in splits(prefills, decodes, cell_gpus):
+            if promise.composition.gpus < cell_gpus:
+                continue  # came with smaller cells
             wanted = rate / promise.rate
-            for cells in range(max(1, math.floor(wanted / CELL_SLACK)), math.ceil(wanted) + 2):
+            for cells in range(max(1, math.floor(wanted / CELL_SLACK)), min(most, math.ceil(wanted) + 1) + 1):
                 yield from _in_cells(promise, near, cells)
 
 

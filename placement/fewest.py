@@ -81,6 +81,6 @@ def _nearby(found: Found, gpus: int, rate: float, trial: Trial, mapper: Mapper) 
         )
         for p in prefills for d in decodes for i in spare for j in spare
     )  # fmt: skip
-    near = cells_for(found.space, prefills, decodes, rate)
+    near = cells_for(found.space, prefills, decodes, gpus, rate)
     both = (Promise(Composition(w, least["whole", w] + i), rate) for w in wholes for i in spare)
     yield from (promise for promise in (*far, *near, *both) if promise.composition.gpus <= gpus)

@@ -6,8 +6,8 @@
        those are tried to which no replica can be added within the accelerators there are.
     3. Compositions are tried in the order of the goodput that the phases alone promise, each against the best so far.
        First each of its pools alone (:mod:`placement.gates`), which is remembered; then the whole cluster, joint
-       attainment, in one simulation; only if that does better is its own goodput sought. Those that promise less than
-       ``1 / SLACK`` of the best are not tried.
+       attainment, in one simulation; only if that does better is its own goodput sought. Of many accelerators, those
+       that promise less than ``1 / SLACK`` of the best are not tried.
 
 The promise is an estimate and no bound (a pool shares its queue better than its parts), therefore the slack; the
 exhaustive search is the same without steps 1 and 3 and is what tests compare with.
@@ -18,18 +18,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from placement.composition import (
-    Affinity,
+    EVERY_SPLIT_UP_TO,
     Composition,
     Promise,
     Rates,
     Space,
     Way,
     by_degree,
+    cells_within,
     colocated,
     near_splits,
     splits,
@@ -50,7 +51,7 @@ from placement.goodput import (
 from placement.outcome import Slo
 from placement.workload import Workload
 
-SLACK = 1.5
+SLACK = 2.0  # how much better than promised a pool may be that shares its queue; a promise is of one replica
 LEAST_REQUESTS, MOST_REQUESTS = 2000, 20_000  # of a trial
 WAVE = 2  # candidates of a variant tried side by side once there is something to try them against
 Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
@@ -94,7 +95,8 @@ def search(
         splits(prefills, decodes, gpus),
         near_splits(space, prefills, decodes, gpus),
     )
-    contests = [_Contest(variant, gates) for variant in variants]
+    slack = SLACK if gpus > EVERY_SPLIT_UP_TO else math.inf
+    contests = [_Contest(variant, gates, slack) for variant in variants]
     while wave := [(contest, task) for contest in contests for task in contest.wave()]:
         results = mapper(_Better(trial), [task for _, task in wave])
         for (contest, task), (answers, rate) in zip(wave, results, strict=True):
@@ -154,16 +156,16 @@ def _phases_alone(
 class _Contest:
     """The candidates of one variant, each against the best of it so far."""
 
-    def __init__(self, promises: Iterable[Promise], gates: Gates) -> None:
+    def __init__(self, promises: Iterable[Promise], gates: Gates, slack: float) -> None:
         self.best: Scored | None = None
-        self._gates = gates
+        self._gates, self._slack = gates, slack
         self._candidates = deque(sorted(promises, key=lambda p: (-p.rate, p.composition.gpus)))
 
     def wave(self) -> list[_Task]:
         """The next candidates that nothing known rules out, and what to ask of them."""
         wave: list[_Task] = []
         reached, most = (self.best.goodput, WAVE) if self.best else (0.0, 1)
-        while self._candidates and len(wave) < most and self._candidates[0].rate * SLACK > reached:
+        while self._candidates and len(wave) < most and self._candidates[0].rate * self._slack > reached:
             promise = self._candidates.popleft()
             above = step_below(reached / promise.composition.cells) if reached > 0 else UNMET
             questions = self._gates.open(promise.composition, above + 1) if reached > 0 else ()
@@ -223,13 +225,16 @@ class _Better:
 
 def _everything(space: Space, gpus: int) -> Iterator[Composition]:
     """All that fits, cells within nodes among it."""
-    for ways, node_gpus in ((space.prefill, gpus), (space.near_prefill, min(gpus, space.node_gpus))):
-        affinity: Affinity = "low" if ways is space.prefill else "high"
-        for p, d in product(ways, space.decode):
-            for n in range(1, node_gpus // p.gpus + 1):
-                for m in range(1, (node_gpus - n * p.gpus) // d.gpus + 1):
-                    one = Composition(d, m, p, n, affinity)
-                    yield replace(one, cells=gpus // one.gpus if affinity == "high" else 1)
+    for p, d in product(space.prefill, space.decode):
+        for n in range(1, gpus // p.gpus + 1):
+            for m in range(1, (gpus - n * p.gpus) // d.gpus + 1):
+                yield Composition(d, m, p, n)
+    node_gpus = min(gpus, space.node_gpus)
+    for p, d in product(space.near_prefill, space.decode):
+        for n in range(1, node_gpus // p.gpus + 1):
+            for m in range(1, (node_gpus - n * p.gpus) // d.gpus + 1):
+                cells = cells_within(gpus, space.node_gpus, n * p.gpus + m * d.gpus)
+                yield Composition(d, m, p, n, "high", cells)
     for way in space.whole:
         for n in range(1, gpus // way.gpus + 1):
             yield Composition(way, n)

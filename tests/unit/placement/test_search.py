@@ -11,7 +11,7 @@ import yaml
 from baton import config
 from baton.errors import ConfigError
 from placement import goodput, plan
-from placement.composition import Composition, Space, Way
+from placement.composition import Composition, Space, Way, cells_within, near_splits
 from placement.cost import StepShape
 from placement.fewest import fewest
 from placement.gates import Gates, ask
@@ -68,10 +68,13 @@ def test_what_meets_its_slo_at_no_rate_has_no_goodput() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gpus", "slo"), [(2, Slo(0.25, 0.02)), (3, Slo(0.6, 0.05))])
+@pytest.mark.parametrize(
+    ("gpus", "slo"), [(2, Slo(0.25, 0.02)), (3, Slo(0.6, 0.05)), (5, Slo(0.25, 0.02)), (6, Slo(0.6, 0.05))]
+)
 def test_search_reaches_the_exhaustive_optimum(gpus: int, slo: Slo) -> None:
-    tried = trial(slo)
-    found, best = search(space(), gpus, tried), exhaustive(space(), gpus, tried)
+    tried, near = trial(slo), space(1e-6).prefill
+    nodes = replace(space(1e-5), near_prefill=near, node_gpus=4)
+    found, best = search(nodes, gpus, tried), exhaustive(nodes, gpus, tried)
     assert best is not None
     assert found.best[0].goodput == best.goodput
 
@@ -203,3 +206,12 @@ def test_a_plan_says_what_was_not_measured() -> None:
     made = plan.make(found.best[0], found, tried, {"model": "m", "hardware": "h"})
     assert "more tokens in a step than tabulated" in made.extrapolated
     assert any(line.startswith("beyond what was measured:") for line in made.story())
+
+
+def test_cells_lie_within_nodes() -> None:
+    assert cells_within(6, 4, 3) == 1
+    assert cells_within(6, 4, 2) == 3
+    one, close = way(1, 1e-4, 1e-6), way(1, 1e-4, 1e-6, 1e-6)
+    nodes = Space((one,), (one,), (), (close,), node_gpus=4)
+    sizes = {(p.composition.cells, p.composition.gpus) for p in near_splits(nodes, {one: 2.0}, {one: 3.0}, 6)}
+    assert sizes == {(1, 4), (3, 6)}
