@@ -214,7 +214,7 @@ def _tile(head_dim: int, dtype: torch.dtype, hopper: bool) -> _Tile:
     if triton.knobs.runtime.interpret:
         return _Tile(SMALLEST_TILE, SMALLEST_TILE, 4)
     if dtype == torch.float32:  # multiplied without tensor cores
-        return _Tile(32, 16, 4)
+        return _Tile(32, 16, 8)
     if hopper:
         return _Tile(128, 64 if head_dim <= 128 else 32, 8)
     return _Tile(128 if head_dim <= 128 else 64, 32, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_decode(shape: Shape, splits: int, device: torch.device) -> None:
     queries = queries_of(shape, len(lengths), device)
     contexts = torch.tensor(lengths, dtype=torch.int32, device=device)
     scale = shape.head_dim**-0.5
-    fixed = {"page_tokens": shape.page_tokens, "scale": scale, "window": shape.window}
+    fixed: dict[str, Any] = {"page_tokens": shape.page_tokens, "scale": scale, "window": shape.window}
     elements = workspace_elements(len(lengths), shape.heads, shape.head_dim, splits)
     workspace = torch.full((elements,), math.nan, device=device)
     expected = reference_attention.paged_decode(queries, paged.layer, paged.table, contexts, **fixed)
@@ -115,7 +116,7 @@ def test_prefill(shape: Shape, device: torch.device) -> None:
     paged = Paged(shape, [start + count for start, count in zip(starts, counts, strict=True)], device)
     queries = queries_of(shape, 1 + sum(counts), device)
     chunks = tuple(torch.tensor(each, dtype=torch.int32, device=device) for each in (row_starts, starts, counts))
-    fixed = {"page_tokens": shape.page_tokens, "scale": shape.head_dim**-0.5, "window": shape.window}
+    fixed: dict[str, Any] = {"page_tokens": shape.page_tokens, "scale": shape.head_dim**-0.5, "window": shape.window}
     expected = reference_attention.paged_prefill(queries, paged.layer, paged.table, *chunks, **fixed)
     out = torch.zeros_like(expected)
     got = paged_prefill(queries, paged.layer, paged.table, *chunks, longest=max(counts), out=out, **fixed)
@@ -130,7 +131,7 @@ def test_a_prefill_of_one_token_is_a_decode(device: torch.device) -> None:
     paged = Paged(shape, [35], device)
     queries = queries_of(shape, 1, device)
     first, start, count = (torch.tensor([each], dtype=torch.int32, device=device) for each in (0, 34, 1))
-    fixed = {"page_tokens": 16, "scale": 0.25}
+    fixed: dict[str, Any] = {"page_tokens": 16, "scale": 0.25}
     prefilled = paged_prefill(queries, paged.layer, paged.table, first, start, count, longest=1, **fixed)
     decoded = paged_decode(queries, paged.layer, paged.table, start + 1, splits=2, **fixed)
     torch.testing.assert_close(prefilled, decoded)
