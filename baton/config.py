@@ -65,6 +65,10 @@ class PoolConfig(_Frozen):
     threads: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Torch threads of one rank; 0: its share of the cores."
     )
+    pin: bool = Field(
+        default=False,
+        description="Keep each worker on cores of its own, one for each thread, while there are free ones.",
+    )
     cpus: Annotated[float, Field(gt=0)] = Field(default=0.5, description="Ray CPUs that one rank reserves.")
     resources: dict[str, float] = Field(
         default_factory=dict, description="Ray custom resources that one rank reserves."

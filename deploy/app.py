@@ -26,7 +26,7 @@ from baton.errors import ConfigError
 from baton.wire import inference_pb2
 from decode_worker.worker import DecodeWorker
 from deploy.discovery import Directory
-from engine import hub
+from engine import affinity, hub
 from engine.build import load_model, start_ranks
 from engine.model import Model
 from engine.ranks import Ranks
@@ -149,7 +149,10 @@ class _WorkerReplica:
             os.environ["UCX_TLS"] = config.handoff.ucx_tls  # UCX reads it once, when the first agent starts
         context = serve.get_replica_context()
         self._host = config.worker_host or ray.util.get_node_ip_address()
-        model, ranks = await asyncio.to_thread(_load, config, getattr(config, self._role))
+        pool: PoolConfig = getattr(config, self._role)
+        # Before the model's threads and ranks start: they stay where their process is.
+        self._cores = affinity.pin(_threads(config, pool) * pool.tensor_parallel) if pool.pin else None
+        model, ranks = await asyncio.to_thread(_load, config, pool)
         self._worker = self._worker_class(
             model, config, worker_id=context.replica_id.unique_id, host=self._host, ranks=ranks
         )
@@ -181,7 +184,7 @@ class DecodeReplica(_WorkerReplica):
 
 def _load(config: Config, pool: PoolConfig) -> tuple[Model, Ranks | None]:
     """This process's model; the other ranks, if there are any, load theirs meanwhile."""
-    folder, threads = _folder(config), pool.threads or _share_of_cores(config)
+    folder, threads = _folder(config), _threads(config, pool)
     ranks = start_ranks(folder, config.model.dtype, threads, pool)
     return load_model(folder, config.model.dtype, threads, ranks.comm if ranks is not None else None), ranks
 
@@ -190,7 +193,9 @@ def _folder(config: Config) -> Path:
     return hub.resolve(config.model.id, Path(config.model.cache_dir).expanduser())
 
 
-def _share_of_cores(config: Config) -> int:
-    """Threads for one rank when all ranks of all workers share this machine's cores evenly."""
+def _threads(config: Config, pool: PoolConfig) -> int:
+    """Threads of one rank; by default all ranks of all workers share this machine's cores evenly."""
+    if pool.threads:
+        return pool.threads
     ranks = sum(pool.replicas * pool.tensor_parallel for pool in (config.prefill, config.decode))
     return max(1, (os.cpu_count() or 1) // ranks)
