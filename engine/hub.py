@@ -25,6 +25,7 @@ DOWNLOAD_S = 1800.0
 POLL_S = 0.2
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+HUB_LEFT_OUT = ["*/*", "consolidated*"]  # folders of other formats, and Mistral's second copy of the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def _resolve_hub(model_id: str, report: Progress) -> Path:
 
     report(f"fetching {model_id} from the hub", 0.0)
     try:
-        folder = Path(snapshot_download(model_id, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(model_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT))
     except (GatedRepoError, HFValidationError) as error:
         raise NotFound("model", f"{model_id}: {error}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

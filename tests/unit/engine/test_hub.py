@@ -277,3 +277,12 @@ def test_an_interrupted_conversion_leaves_no_half_folder(
             hub.resolve(str(gguf_file), tmp_path)
     assert all(path.suffix == ".lock" for path in tmp_path.iterdir())
     assert (hub.resolve(str(gguf_file), tmp_path) / "tokenizer.json").is_file()
+
+
+def test_the_hub_gives_the_weights_once() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    listing = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+               "consolidated.safetensors", "original/params.json", "onnx/model.safetensors", "README.md"]  # fmt: skip
+    kept = filter_repo_objects(listing, allow_patterns=hub.HUB_FILES, ignore_patterns=hub.HUB_LEFT_OUT)
+    assert list(kept) == listing[:4]
