@@ -15,12 +15,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from baton.errors import ConfigError
 
-CodecName = Literal["raw", "lossless", "int8"]
+CodecName = Literal[
+    "raw", "lossless", "int8", "int8-zstd", "int6", "int6-zstd", "fp8", "fp8-zstd", "int4", "int4-zstd",
+    "int3-zstd", "int2", "int2-zstd",
+]  # fmt: skip
 TransportName = Literal["nixl", "tcp", "loopback"]
-QualityFloor = Literal["exact", "int8"]
+QualityFloor = Literal["exact", "int8", "int6", "fp8", "int4", "int3", "int2"]  # falling, as measured: ADR 8
 CODECS: tuple[str, ...] = get_args(CodecName)
 EXACT_CODECS: frozenset[str] = frozenset(("raw", "lossless"))  # what lands is what was sent, to the last bit
 TRANSPORTS: tuple[str, ...] = get_args(TransportName)
+FLOORS: tuple[str, ...] = get_args(QualityFloor)
+# How far down the floors each codec lies: compressing losslessly what was quantised costs no quality.
+LOSS: dict[str, int] = {
+    codec: 0 if codec in ("raw", "lossless") else FLOORS.index(codec.removesuffix("-zstd")) for codec in CODECS
+}
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -85,7 +93,7 @@ class HandoffConfig(_Frozen):
     transport: TransportName = Field(default="nixl", description="How KV crosses from prefill to decode.")
     codec: CodecName = Field(default="lossless", description="Codec of requests that name none.")
     quality_floor: QualityFloor = Field(
-        default="exact", description="Lossy codecs are refused unless this allows them."
+        default="exact", description="Lossy codecs are refused unless this allows them; each floor allows those before."
     )
     lease_s: Seconds = Field(default=30.0, description="A reservation without a sign of life is freed after this long.")
     stall_s: Seconds = Field(default=5.0, description="A transfer that makes no progress for this long is lost.")
@@ -95,8 +103,9 @@ class HandoffConfig(_Frozen):
 
     @model_validator(mode="after")
     def _default_codec_meets_floor(self) -> HandoffConfig:
-        if self.codec == "int8" and self.quality_floor == "exact":
-            raise ValueError("codec int8 is lossy; set quality_floor: int8 to allow it")
+        needed = FLOORS[LOSS[self.codec]]
+        if FLOORS.index(self.quality_floor) < LOSS[self.codec]:
+            raise ValueError(f"codec {self.codec} is lossy; set quality_floor: {needed} to allow it")
         return self
 
 

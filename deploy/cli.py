@@ -45,7 +45,7 @@ MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
 Seed = Annotated[int | None, typer.Option(help="Makes the random draws repeatable.")]
-Codec = Annotated[str | None, typer.Option(help="raw, lossless or int8.")]
+Codec = Annotated[str | None, typer.Option(help="raw, lossless, int8, int4-zstd ...: docs/codecs.md.")]
 System = Annotated[str | None, typer.Option(help="System message of the conversation.")]
 Timeout = Annotated[float, typer.Option(help="Seconds that one answer may take.")]
 
@@ -60,7 +60,7 @@ def up(
     config: ConfigFile = None,
     transport: Annotated[str | None, typer.Option(help="nixl or tcp.")] = None,
     codec: Codec = None,
-    quality_floor: Annotated[str | None, typer.Option(help="exact, or int8 to allow lossy transfers.")] = None,
+    quality_floor: Annotated[str | None, typer.Option(help="exact, or the lossiest level allowed.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC endpoint.")] = None,
     http_port: Annotated[int | None, typer.Option(help="Port of the HTTP endpoint.")] = None,
 ) -> None:

@@ -25,6 +25,11 @@ class Coverage:
         self._missing = layers * tokens
 
     @property
+    def tokens(self) -> int:
+        """Of every layer, seen or not."""
+        return self._tokens
+
+    @property
     def missing(self) -> int:
         """(layer, token) pairs not yet seen."""
         return self._missing

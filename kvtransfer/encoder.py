@@ -165,7 +165,8 @@ class Encoder:
         feed, span = job.feed, job.span
         keys, values = feed.gather(span.layer, span.start, span.count)
         view = self._staging.memory.view(job.region.offset, job.region.nbytes)
-        nbytes = self._codecs[feed.codec].encode(keys, values, view)
+        after = feed.dispatch.coverage.tokens - span.start - span.count
+        nbytes = self._codecs[feed.codec].encode(keys, values, view, before=span.start, after=after)
         digest = block_digest(
             view[:nbytes], request_id=feed.dispatch.request_id, epoch=feed.dispatch.epoch,
             layout=self._layout.fingerprint, layer=span.layer, start=span.start, count=span.count, codec=feed.codec,

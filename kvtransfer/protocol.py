@@ -26,11 +26,13 @@ PROTOCOL = 1
 DIGEST_BYTES = 16
 # Splitting at one MiB of raw KV keeps a block's fetch and decode near a millisecond (docs/adr/0003-landing-buffers.md).
 BLOCK_RAW_BYTES = 1 << 20
+GROUP_TOKENS = 128  # of the codecs that share scales along tokens: only a span's last block has a shorter group
 
 
 def block_tokens(layout: KVLayout) -> int:
     """Most tokens in one block."""
-    return max(1, BLOCK_RAW_BYTES // layout.layer_token_bytes)
+    most = max(1, BLOCK_RAW_BYTES // layout.layer_token_bytes)
+    return most // GROUP_TOKENS * GROUP_TOKENS or most
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baton.config import CODECS, Config
+from baton.config import CODECS, FLOORS, LOSS, Config
 from baton.errors import DeadlineExceeded, InvalidRequest, NotFound
 from baton.request import Sampling, Work
 from baton.wire import inference_pb2 as pb
@@ -27,8 +27,6 @@ MAX_TOP_LOGPROBS = 20
 LEAST_DIVISOR = 0.01  # logits divided by less leave float32's range
 ROLES = ("system", "user", "assistant", "tool")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-LOSS = {"raw": 0, "lossless": 0, "int8": 1}  # codec -> how lossy it is
-ALLOWED_LOSS = {"exact": 0, "int8": 1}  # quality floor -> the lossiest codec above it
 SHOWN_CHARS = 64  # of a client's value in a message: details travel in a header of limited size
 
 
@@ -160,15 +158,16 @@ def _budget_s(request: pb.GenerateRequest, limits: Limits, grpc_remaining_s: flo
 def _codec(handoff: pb.Handoff, limits: Limits) -> str:
     if handoff.codec and handoff.codec not in CODECS:
         raise InvalidRequest("handoff.codec", f"unknown codec {_shown(handoff.codec)}; known: {', '.join(CODECS)}")
-    if handoff.quality_floor and handoff.quality_floor not in ALLOWED_LOSS:
-        known = ", ".join(ALLOWED_LOSS)
+    if handoff.quality_floor and handoff.quality_floor not in FLOORS:
+        known = ", ".join(FLOORS)
         raise InvalidRequest("handoff.quality_floor", f"unknown floor {_shown(handoff.quality_floor)}; known: {known}")
-    floor = min(handoff.quality_floor or limits.quality_floor, limits.quality_floor, key=ALLOWED_LOSS.__getitem__)
+    floor = min(handoff.quality_floor or limits.quality_floor, limits.quality_floor, key=FLOORS.index)
+    most = FLOORS.index(floor)
     if not handoff.codec:
-        return limits.codec if LOSS[limits.codec] <= ALLOWED_LOSS[floor] else "lossless"
-    if LOSS[handoff.codec] > ALLOWED_LOSS[floor]:
-        allowed = ", ".join(codec for codec in CODECS if LOSS[codec] <= ALLOWED_LOSS[floor])
-        whose = "deployment's" if LOSS[handoff.codec] > ALLOWED_LOSS[limits.quality_floor] else "request's"
+        return limits.codec if LOSS[limits.codec] <= most else "lossless"
+    if LOSS[handoff.codec] > most:
+        allowed = ", ".join(codec for codec in CODECS if LOSS[codec] <= most)
+        whose = "deployment's" if LOSS[handoff.codec] > FLOORS.index(limits.quality_floor) else "request's"
         raise InvalidRequest(
             "handoff.codec", f"{handoff.codec!r} is below the {whose} quality floor {floor!r}; allowed: {allowed}"
         )

@@ -7,9 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.config import CODECS
 from baton.layout import KVLayout
 from kvtransfer.arena import HostMemory
 from kvtransfer.codecs import CodecError, make_codec
+from kvtransfer.codecs.planes import NumpyPlanes, choose_planes
+from kvtransfer.codecs.quantised import LADDER, QuantisedCodec
+from kvtransfer.codecs.reference import TorchQuantiser
 
 layouts = st.builds(
     KVLayout,
@@ -25,7 +29,7 @@ layouts = st.builds(
 def blocks(draw, *, finite: bool = False):
     """A layout with keys and values of random bits, of repeated bits, or of KV-like values."""
     layout = draw(layouts)
-    count = draw(st.integers(1, 40))
+    count = draw(st.integers(1, 40) | st.integers(120, 140))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     shape = (2, count, layout.kv_heads, layout.head_dim)
     word, signed, dtype = (
@@ -43,12 +47,12 @@ def blocks(draw, *, finite: bool = False):
     return layout, both[0], both[1]
 
 
-def encode(name, layout, keys, values):
+def encode(name, layout, keys, values, **place):
     codec = make_codec(name, layout)
     bound = codec.bound(keys.shape[0])
     memory = HostMemory(bound + 64)
     memory.view(bound, 64)[:] = b"\xa5" * 64
-    nbytes = codec.encode(keys, values, memory.view(0, bound))
+    nbytes = codec.encode(keys, values, memory.view(0, bound), **place)
     assert 0 < nbytes <= bound
     assert bytes(memory.view(bound, 64)) == b"\xa5" * 64
     return codec, memory.view(0, nbytes)
@@ -81,14 +85,14 @@ def test_int8_stays_within_half_a_step(block):
 
 
 @settings(max_examples=200, deadline=None)
-@given(blocks(), st.sampled_from(["raw", "lossless", "int8"]), st.data())
+@given(blocks(), st.sampled_from(CODECS), st.data())
 def test_mutilated_bytes_are_refused_or_decode_to_the_right_shape(block, name, data):
     layout, keys, values = block
     count = keys.shape[0]
     try:
         codec, body = encode(name, layout, keys, values)
     except CodecError:
-        return  # int8 and values that are not finite
+        return  # lossy, and values that are not finite
     mutilated = bytearray(body)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, min(len(mutilated) - 1, 40) if name == "lossless" else len(mutilated) - 1))
@@ -103,10 +107,91 @@ def test_mutilated_bytes_are_refused_or_decode_to_the_right_shape(block, name, d
 
 
 @settings(max_examples=200, deadline=None)
-@given(layouts, st.integers(1, 40), st.sampled_from(["raw", "lossless", "int8"]), st.binary(max_size=300))
+@given(layouts, st.integers(1, 40), st.sampled_from(CODECS), st.binary(max_size=300))
 def test_arbitrary_bytes_never_crash_a_decoder(layout, count, name, body):
     try:
         keys, values = make_codec(name, layout).decode(memoryview(bytearray(body)), count)
     except CodecError:
         return
     assert keys.shape == values.shape == (count, layout.kv_heads, layout.head_dim)
+
+
+@st.composite
+def places(draw):
+    return {"before": draw(st.integers(0, 2)), "after": draw(st.sampled_from([0, 1, 100, 1000]))}
+
+
+@settings(max_examples=150, deadline=None)
+@given(blocks(finite=True), places(), st.sampled_from(sorted(LADDER)))
+def test_compiled_loops_equal_plain_torch(block, place, name):
+    layout, keys, values = block
+    count, seen = keys.shape[0], []
+    for quantiser in (TorchQuantiser(), None):
+        codec = QuantisedCodec(name, LADDER[name], layout, compress=False, quantiser=quantiser)
+        room = memoryview(bytearray(codec.bound(count)))
+        data = room[: codec.encode(keys, values, room, **place)]
+        seen.append((bytes(data), *(tensor.clone() for tensor in codec.decode(data, count))))
+    (plain, *want), (fast, *got) = seen
+    assert plain == fast
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(blocks())
+def test_compiled_planes_equal_numpys(block):
+    layout, keys, _ = block
+    word = torch.int32 if layout.dtype == "float32" else torch.int16
+    words = keys.contiguous().view(word).numpy()
+    words = words.view(words.dtype.str.replace("i", "u"))
+    plain, fast = NumpyPlanes(words.itemsize), choose_planes(words.itemsize)
+    split = []
+    for planes in (plain, fast):
+        parts = [np.empty(words.size, dtype) for dtype in planes.dtypes]
+        planes.split(words, parts)
+        joined = np.empty(words.size, words.dtype)
+        planes.join(parts, joined)
+        assert np.array_equal(joined.reshape(words.shape[1], words.shape[0], -1), words.transpose(1, 0, 2))
+        split.append(parts)
+    for mine, theirs in zip(*split, strict=True):
+        assert np.array_equal(mine, theirs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(blocks(finite=True), places(), st.sampled_from([name for name in CODECS if name[:3] in ("int", "fp8")]))
+def test_the_prompts_ends_are_exact_and_the_rest_is_within_half_a_step(block, place, name):
+    layout, keys, values = block
+    level = LADDER[name.removesuffix("-zstd")]
+    codec, data = encode(name, layout, keys, values, **place)
+    count = keys.shape[0]
+    first = min(count, max(0, level.sinks - place["before"]))
+    last = min(count - first, max(0, level.window - place["after"]))
+    for got, want, grid in zip(codec.decode(data, count), (keys, values), (level.keys, level.values), strict=True):
+        assert torch.equal(got[:first], want[:first])
+        assert torch.equal(got[count - last :], want[count - last :])
+        inner, exact = (tensor[first : count - last].double() for tensor in (got, want))
+        if not inner.numel():
+            continue
+        largest = exact.abs().amax(dim=0, keepdim=True) if grid.tokens else exact.abs().amax(dim=-1, keepdim=True)
+        # Half a step of a group is at most its range over the levels; bfloat16 rounds scale, middle and result.
+        share = 1 / 16 if grid.e4m3 else 1 / grid.top
+        assert bool(((inner - exact).abs() <= largest * (share * (1 + 2.0**-6) + 2.0**-7) + 2.0**-132).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts, st.integers(1, 300), places(), st.sampled_from(sorted(LADDER)))
+def test_sizes_are_as_announced(layout, count, place, name):
+    random = torch.Generator().manual_seed(count)
+    dtype = torch.float32 if layout.dtype == "float32" else torch.bfloat16
+    both = torch.randn(2, count, layout.kv_heads, layout.head_dim, generator=random).to(dtype)
+    _, plain = encode(name, layout, both[0], both[1], **place) if name != "int3" else (None, None)
+    _, packed = encode(f"{name}-zstd", layout, both[0], both[1], **place)
+    level, size = LADDER[name], (layout.kv_heads, layout.head_dim)
+    first = min(count, max(0, level.sinks - place["before"]))
+    last = min(count - first, max(0, level.window - place["after"]))
+    rest = count - first - last
+    want = 4 * (level.sinks + level.window > 0) + (first + last) * layout.layer_token_bytes
+    for grid in (level.keys, level.values):
+        want += 2 * (grid.groups(rest, *size) + grid.middles(rest, *size)) + grid.level_bytes(rest, *size)
+    assert plain is None or len(plain) == want
+    assert len(packed) <= want

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from baton.config import CODECS, Config
+from baton.config import CODECS, LOSS, Config
 from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, NotFound
 from baton.request import Sampling
 from baton.wire import inference_pb2 as pb
@@ -181,12 +181,12 @@ OUTSIDE: list[tuple[pb.GenerateRequest, str, str]] = [
     (
         pb.GenerateRequest(prompt="x", handoff=pb.Handoff(codec="zip")),
         "handoff.codec",
-        "unknown codec 'zip'; known: raw, lossless, int8",
+        f"unknown codec 'zip'; known: {', '.join(CODECS)}",
     ),
     (
         pb.GenerateRequest(prompt="x", handoff=pb.Handoff(quality_floor="poor")),
         "handoff.quality_floor",
-        "unknown floor 'poor'; known: exact, int8",
+        "unknown floor 'poor'; known: exact, int8, int6, fp8, int4, int3, int2",
     ),
     (
         pb.GenerateRequest(prompt="x", handoff=pb.Handoff(codec="int8")),
@@ -357,7 +357,7 @@ def test_a_codec_below_a_floor_is_refused(
 
 
 def test_every_configured_codec_has_a_known_loss() -> None:
-    assert set(validate.LOSS) == set(CODECS)
+    assert set(LOSS) == set(CODECS)
 
 
 # ---- Tokenize

@@ -1,0 +1,234 @@
+"""The codec ladder on a model's real KV: bits a value, what they cost in quality, and speed of one core.
+
+`python -m bench.codec quality` prefills a prefix of English text, sends its KV through each codec, and scores the text
+that follows. `python -m bench.codec speed` times encoding and decoding. Both read CPython's own documentation topics.
+
+KV is rounded to bfloat16 first, as it is stored on accelerators: bits are of 16, and differences are against the raw
+bfloat16 KV.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc_data import topics
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from baton.config import CODECS, Config
+from baton.layout import Dtype, KVLayout
+from bench import report
+from engine import hub
+from engine.attention import Span
+from engine.build import load_model
+from engine.cache import KVCache
+from engine.model import Model
+from engine.runner import Runner, Step
+from engine.text import Tokenizer
+from kvtransfer.codecs import Codec, make_codec
+from kvtransfer.protocol import block_tokens
+
+CHUNK = 512
+REPEATS = 5
+SPEED_TOKENS = 640
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@dataclass(slots=True)
+class Score:
+    """Sums over evaluated tokens, and encoded sizes of the prefixes."""
+
+    tokens: int = 0
+    loss: float = 0.0  # negative log-likelihood of the text, less that of raw KV
+    divergence: float = 0.0  # KL from raw KV's distribution
+    agreed: int = 0  # equal most likely token
+    exact: bool = True  # every decoded bit
+    bits: dict[str, int] = field(default_factory=dict)  # by codec: with and without entropy coding
+
+    def result(self, values: int) -> dict[str, Any]:
+        return {
+            "bits_per_value": {name: bits / values for name, bits in self.bits.items()},
+            "perplexity_change_percent": 100 * math.expm1(self.loss / self.tokens),
+            "kl_nats": self.divergence / self.tokens,
+            "top1_agreement": self.agreed / self.tokens,
+            "bit_exact": self.exact,
+            "evaluated_tokens": self.tokens,
+        }
+
+
+class Subject:
+    """One sequence of a model: its prefix's KV can be replaced before the text that follows is scored."""
+
+    def __init__(self, model: Model, prefix: int, scored: int) -> None:
+        self.layout = KVLayout("codec", model.spec.layers, model.spec.kv_heads, model.spec.head_dim, "bfloat16")
+        tokens = prefix + scored
+        self._pages = tuple(range(-(-tokens // 16)))
+        self.cache = KVCache(model.layout, pages=len(self._pages), page_tokens=16, device=model.device)
+        self._runner = Runner(model, self.cache)
+        self._prefix = prefix
+
+    def prefill(self, tokens: Sequence[int]) -> list[Tensor]:
+        """The prefix's KV by layer, rounded to bfloat16: [prefix, 2 * kv_heads, head_dim]."""
+        for start in range(0, self._prefix, CHUNK):
+            part = tokens[start : min(start + CHUNK, self._prefix)]
+            self._step(part, start, (len(part) - 1,))
+        return [layer[: self._prefix].bfloat16().cpu() for layer in self.cache.layers]
+
+    def score(self, layers: Sequence[Tensor], tokens: Sequence[int]) -> Tensor:
+        """Log-probabilities [scored, vocab] after each of ``tokens``, which follow a prefix of this KV."""
+        for layer, kv in zip(self.cache.layers, layers, strict=True):
+            layer[: self._prefix] = kv.to(layer)
+        return self._step(tokens, self._prefix, tuple(range(len(tokens)))).float().log_softmax(-1)
+
+    def _step(self, tokens: Sequence[int], start: int, wanted: tuple[int, ...]) -> Tensor:
+        return self._runner.run(Step(tuple(tokens), wanted, (Span(start, len(tokens), self._pages),), 0))
+
+
+def through(codec: Codec, layout: KVLayout, kv: Tensor) -> tuple[Tensor, int]:
+    """``kv`` [tokens, 2 * kv_heads, head_dim] encoded and decoded in a handoff's blocks, and the encoded bits."""
+    count, most, bits, parts = kv.shape[0], block_tokens(layout), 0, []
+    room = memoryview(bytearray(codec.bound(most)))
+    for start in range(0, count, most):
+        keys, values = kv[start : start + most].chunk(2, dim=1)
+        some = keys.shape[0]
+        nbytes = codec.encode(keys, values, room, before=start, after=count - start - some)
+        parts.append(torch.cat(codec.decode(room[:nbytes], some), dim=1))
+        bits += 8 * nbytes
+    return torch.cat(parts), bits
+
+
+def levels() -> dict[str, list[str]]:
+    """Codecs by what they decode to: entropy coding changes only the size."""
+    found: dict[str, list[str]] = {}
+    for name in CODECS:
+        found.setdefault(name.removesuffix("-zstd"), []).append(name)
+    return found
+
+
+def measure(model: Model, text: Sequence[int], prefix: int, scored: int, segments: int) -> dict[str, Any]:
+    """Scores of every level over ``segments`` places of ``text``, each ``prefix`` tokens and ``scored`` after them."""
+    subject = Subject(model, prefix, scored)
+    codecs = {name: make_codec(name, subject.layout) for name in CODECS}
+    scores = {level: Score(bits=dict.fromkeys(names, 0)) for level, names in levels().items()}
+    values = segments * prefix * subject.layout.token_bytes // 2
+    for index in range(segments):
+        start = index * (len(text) - prefix - scored - 1) // max(1, segments - 1)
+        part = text[start : start + prefix + scored + 1]
+        follow, target = part[prefix:-1], torch.tensor(part[prefix + 1 :])[:, None]
+        kv = subject.prefill(part)
+        want = subject.score(kv, follow)
+        for score in scores.values():
+            decoded: list[Tensor] = []
+            for name in score.bits:
+                pairs = [through(codecs[name], subject.layout, layer) for layer in kv]
+                decoded = [layer for layer, _ in pairs]
+                score.bits[name] += sum(bits for _, bits in pairs)
+            same = all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(kv, decoded, strict=True))
+            got = want if same else subject.score(decoded, follow)
+            score.exact &= same
+            score.tokens += scored
+            score.loss += float((want.gather(1, target) - got.gather(1, target)).sum())
+            score.divergence += float((want.exp() * (want - got)).sum())
+            score.agreed += int((want.argmax(1) == got.argmax(1)).sum())
+        print(f"prefix {prefix}: segment {index + 1} of {segments}", flush=True)
+    return {level: score.result(values) for level, score in scores.items()}
+
+
+def time_s(codec: Codec, keys: Tensor, values: Tensor) -> tuple[float, float]:
+    """Best seconds to encode and to decode one block."""
+    count, encode_s, decode_s = keys.shape[0], [], []
+    room = memoryview(bytearray(codec.bound(count)))
+    for _ in range(REPEATS):
+        started_s = time.perf_counter()
+        nbytes = codec.encode(keys, values, room)
+        encoded_s = time.perf_counter()
+        codec.decode(room[:nbytes], count)
+        encode_s.append(encoded_s - started_s)
+        decode_s.append(time.perf_counter() - encoded_s)
+    return min(encode_s), min(decode_s)
+
+
+def speeds(model: Model, text: Sequence[int], dtype: Dtype) -> Iterator[tuple[str, dict[str, float]]]:
+    """GB/s of input (and of output) on one core, by codec; the median over layers of each one's best."""
+    subject = Subject(model, SPEED_TOKENS, 1)
+    subject.prefill(text)
+    shape = (model.spec.layers, model.spec.kv_heads, model.spec.head_dim)
+    for name in CODECS:
+        codec, times, raw = make_codec(name, KVLayout("codec", *shape, dtype)), [], 0
+        for layer in subject.cache.layers:
+            kv = layer[:SPEED_TOKENS].to(torch.float32 if dtype == "float32" else torch.bfloat16)
+            keys, values = (part.contiguous() for part in kv.chunk(2, dim=1))
+            raw = 2 * keys.numel() * keys.element_size()
+            times.append(time_s(codec, keys, values))
+        encode_s, decode_s = (statistics.median(each) for each in zip(*times, strict=True))
+        yield name, {"encode_gb_per_s": raw / encode_s / 1e9, "decode_gb_per_s": raw / decode_s / 1e9}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Divergence against bits a value: one line a prefix, one point a level with its smallest codec."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for prefix, rungs in result.items():
+        lossy = [(min(one["bits_per_value"].values()), one["kl_nats"], level) for level, one in rungs.items()]
+        points = sorted(point for point in lossy if point[1] > 0)
+        axis.plot([bits for bits, _, _ in points], [kl for _, kl, _ in points], "o-", label=f"{prefix} tokens")
+        for bits, kl, level in points:
+            axis.annotate(level, (bits, kl), textcoords="offset points", xytext=(6, 4), fontsize="small")
+    axis.set(yscale="log", xlabel="bits a value, all metadata included (bfloat16 has 16)", ylabel="KL from raw (nats)")
+    axis.legend(title="prefix")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def subject_of(threads: int) -> tuple[Model, list[int]]:
+    config = Config().model
+    folder = hub.resolve(config.id, Path(config.cache_dir).expanduser())
+    text = "\n".join(str(topics.topics[name]) for name in sorted(topics.topics))
+    return load_model(folder, "float32", threads), Tokenizer(folder).encode(text)
+
+
+@app.command()
+def quality(
+    short: Annotated[int, typer.Option(help="Segments of the short prefix (768 tokens), 512 scored tokens each.")] = 16,
+    long: Annotated[int, typer.Option(help="Segments of the long prefix (4096 tokens).")] = 4,
+    scored: Annotated[int, typer.Option(help="Scored tokens of one segment.")] = 512,
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
+) -> None:
+    """Bits a value, perplexity, KL and top-1 agreement of every level."""
+    model, text = subject_of(threads)
+    result = {
+        str(prefix): measure(model, text, prefix, scored, segments)
+        for prefix, segments in ((768, short), (4096, long))
+        if segments
+    }
+    draw(result, report.save("codec-quality", result).with_suffix(".png"))
+    for prefix, rungs in result.items():
+        for level, one in rungs.items():
+            bits = ", ".join(f"{name} {value:.2f}" for name, value in one["bits_per_value"].items())
+            print(f"{prefix:5} {level:9} {one['perplexity_change_percent']:+8.3f} % KL {one['kl_nats']:.5f} "
+                  f"top-1 {one['top1_agreement']:.4f} bits: {bits}")  # fmt: skip
+
+
+@app.command()
+def speed() -> None:
+    """GB/s of one core, by codec, for float32 and bfloat16 KV."""
+    torch.set_num_threads(1)
+    model, text = subject_of(1)
+    result = {dtype: dict(speeds(model, text, dtype)) for dtype in ("float32", "bfloat16")}
+    report.save("codec-speed", result)
+    for dtype, codecs in result.items():
+        for name, one in codecs.items():
+            print(f"{dtype:9} {name:10} encode {one['encode_gb_per_s']:6.2f} decode {one['decode_gb_per_s']:6.2f} GB/s")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,36 @@
+"""Quantising in compiled loops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvtransfer.codecs.block import CodecError, Words
+from kvtransfer.codecs.grid import Grid
+from kvtransfer.codecs.native import Library
+
+
+class NativeQuantiser:
+    """See :class:`kvtransfer.codecs.quantised.Quantiser`."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def quantise(self, x: Tensor, grid: Grid, scales: Words, middles: Words, levels: Words) -> None:
+        count, heads, head_dim = x.shape
+        refused = self._library.quantise(
+            x.data_ptr(), x.dtype == torch.bfloat16, grid.tokens > 0, count, x.stride(0), heads, head_dim,
+            grid.group(head_dim), grid.largest, grid.width, grid.e4m3,
+            scales.ctypes.data, middles.ctypes.data, levels.ctypes.data,
+        )  # fmt: skip
+        if refused:
+            raise CodecError("KV that is not finite, or of 2^127 and more, cannot be quantised")
+
+    def dequantise(self, grid: Grid, scales: Words, middles: Words, levels: Words, out: Tensor) -> None:
+        heads, count, head_dim = out.shape
+        wrong = self._library.dequantise(
+            scales.ctypes.data, middles.ctypes.data, levels.ctypes.data, out.dtype == torch.bfloat16, grid.tokens > 0,
+            count, heads, head_dim, grid.group(head_dim), grid.largest, grid.width, grid.e4m3, out.data_ptr(),
+        )  # fmt: skip
+        if wrong:
+            raise CodecError("a scale is negative or not finite, or a level is not a number")

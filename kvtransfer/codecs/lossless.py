@@ -1,0 +1,106 @@
+"""Bit-exact: the bytes of equal rank form planes, and those that shrink go through zstd."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from baton.layout import KVLayout
+from kvtransfer.codecs.block import CodecError, Scratch, Shape, Words
+from kvtransfer.codecs.entropy import Entropy
+from kvtransfer.codecs.planes import Planes, choose_planes
+
+_MAGIC = b"BKP1"
+_HEAD = struct.Struct("<4sI")  # magic, tokens
+_PLANE = struct.Struct("<II")  # offset, size
+_PROBE_BYTES = 4096
+_PAYS = 0.97  # a plane whose sample shrinks less than this is stored
+
+
+class LosslessCodec:
+    """Values are rotated left by one bit, which puts the eight exponent bits into the top byte alone and the sign below
+    the mantissa; the bytes of equal rank then form planes. The exponent plane has 2.5-3 bits of entropy and goes
+    through zstd; a mantissa plane does only if a sample of it shrinks (float32 that was computed in bfloat16 has an
+    empty one).
+
+        header  magic, tokens, then per plane: offset, size (equal to the plane's own size when it is stored)
+    """
+
+    name = "lossless"
+
+    def __init__(self, layout: KVLayout, planes: Planes | None = None) -> None:
+        """``planes``: how words are taken apart and joined; None takes the fastest there is."""
+        self._shape = Shape(layout)
+        self._planes = planes or choose_planes(self._shape.word.itemsize)
+        self._head_bytes = _HEAD.size + _PLANE.size * len(self._planes.dtypes)
+        self._entropy, self._scratch = Entropy(), Scratch()
+
+    def bound(self, count: int) -> int:
+        return self._head_bytes + self._shape.values(count) * self._shape.word.itemsize
+
+    def encode(self, keys: Tensor, values: Tensor, into: memoryview, *, before: int = 0, after: int = 0) -> int:
+        shape, count, dtypes = self._shape, keys.shape[0], self._planes.dtypes
+        both = [shape.words(shape.checked(tensor, count)) for tensor in (keys, values)]
+        total, half = shape.values(count), shape.values(count) // 2
+        stored = self._stored_planes(both[0])
+        table: list[tuple[int, int]] = [(0, 0)] * len(dtypes)
+        planes, end = [], self._head_bytes
+        for index, dtype in enumerate(dtypes):
+            if stored[index]:
+                planes.append(np.frombuffer(into, dtype, total, end))
+                table[index] = (end, total * dtype.itemsize)
+                end += total * dtype.itemsize
+            else:
+                planes.append(self._scratch.room(f"plane{index}", total, dtype))
+        for words, at in zip(both, (0, half), strict=True):
+            self._planes.split(words, [plane[at : at + half] for plane in planes])
+        for index, plane in enumerate(planes):
+            if not stored[index]:
+                size = self._entropy.pack(plane, into[end:])
+                table[index] = (end, size)
+                end += size
+        _HEAD.pack_into(into, 0, _MAGIC, count)
+        for index, entry in enumerate(table):
+            _PLANE.pack_into(into, _HEAD.size + index * _PLANE.size, *entry)
+        return end
+
+    def _stored_planes(self, words: Words) -> list[bool]:
+        """Which planes to store uncompressed: every mantissa plane whose sample does not shrink."""
+        sample = words[: max(1, _PROBE_BYTES // self._shape.head_dim), :1]
+        planes = [np.empty(sample.size, dtype) for dtype in self._planes.dtypes]
+        self._planes.split(np.ascontiguousarray(sample), planes)
+        return [*(self._entropy.size(plane) >= _PAYS * plane.nbytes for plane in planes[:-1]), False]
+
+    def decode(self, data: memoryview, count: int) -> tuple[Tensor, Tensor]:
+        total = self._shape.values(count)
+        planes = [
+            self._plane(data[offset : offset + size], dtype, total)
+            for (offset, size), dtype in zip(self._table(data, count), self._planes.dtypes, strict=True)
+        ]
+        out = self._scratch.room("decoded", total, self._shape.word)
+        self._planes.join(planes, out)
+        return self._shape.tensors(out, count)
+
+    def _table(self, data: memoryview, count: int) -> list[tuple[int, int]]:
+        """Offset and size of every plane; together they must tile the bytes after the header."""
+        if len(data) < self._head_bytes:
+            raise CodecError(f"lossless block of {len(data)} bytes has no header")
+        magic, tokens = _HEAD.unpack_from(data)
+        if magic != _MAGIC or tokens != count:
+            raise CodecError(f"lossless block starts with {magic!r} for {tokens} tokens, expected {count}")
+        planes = len(self._planes.dtypes)
+        table = [_PLANE.unpack_from(data, _HEAD.size + index * _PLANE.size) for index in range(planes)]
+        end = self._head_bytes
+        for offset, size in sorted(table):
+            if offset != end or size == 0:
+                raise CodecError("lossless block: planes leave gaps or overlap")
+            end += size
+        if end != len(data):
+            raise CodecError(f"lossless block: planes end at {end} of {len(data)} bytes")
+        return [(int(offset), int(size)) for offset, size in table]
+
+    def _plane(self, body: memoryview, dtype: np.dtype[Any], total: int) -> Words:
+        return np.frombuffer(self._entropy.unpack(body, total * dtype.itemsize), dtype)

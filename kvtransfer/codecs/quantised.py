@@ -1,0 +1,196 @@
+"""The lossy codecs: one block format for every level of the ladder.
+
+    header   tokens kept exactly at the block's start and at its end, u16 each; only in levels that keep any
+    exact    those tokens' values in the layout's dtype, canonical: of the start, then of the end
+    K scales, K middles, V scales    bfloat16; middles only where the grid is per channel
+    K levels, V levels               packed per head; compressed together where the codec says so
+
+Scales need no lengths: the token count and the header decide all sizes but that of compressed levels, which end the
+block. KV that is not finite, or of 2^127 and more, is refused by every quantised part.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from baton.layout import KVLayout
+from kvtransfer.codecs import native
+from kvtransfer.codecs.block import CodecError, Scratch, Shape, Words
+from kvtransfer.codecs.compiled import NativeQuantiser
+from kvtransfer.codecs.entropy import Entropy
+from kvtransfer.codecs.grid import TOKENS_GROUP, Grid
+from kvtransfer.codecs.reference import TorchQuantiser
+
+_HEAD = struct.Struct("<HH")
+_SCALE = np.dtype("<u2")
+_BYTE = np.dtype("u1")
+KIVI_GROUP = 32  # of tokens, in KIVI (arXiv:2402.02750)
+KIVI_WINDOW = 128  # its residual window: the prompt's latest tokens, which attention weighs most
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One rung. ``sinks`` and ``window``: the prompt's first and last tokens, kept exactly."""
+
+    keys: Grid
+    values: Grid
+    sinks: int = 0
+    window: int = 0
+
+
+# The first token of a prompt draws attention whatever it says, and its K lies far outside the other tokens' range: in a
+# group per channel it would widen every step. One token kept exactly halves int4's divergence (ADR 8).
+LADDER: dict[str, Level] = {
+    "fp8": Level(Grid(8, 0, e4m3=True), Grid(8, 0, e4m3=True)),
+    "int8": Level(Grid(8, 254), Grid(8, 254)),
+    "int6": Level(Grid(6, 62, TOKENS_GROUP), Grid(6, 62), sinks=1),
+    "int4": Level(Grid(4, 14, TOKENS_GROUP), Grid(4, 14), sinks=1),
+    "int3": Level(Grid(4, 8, TOKENS_GROUP), Grid(4, 8), sinks=1),
+    "int2": Level(Grid(2, 3, KIVI_GROUP), Grid(2, 3), sinks=1, window=KIVI_WINDOW),
+}
+
+
+class Quantiser(Protocol):
+    """K or V to levels and back. scales, middles: bfloat16 bits; levels: packed bytes; sizes as ``grid`` says."""
+
+    def quantise(self, x: Tensor, grid: Grid, scales: Words, middles: Words, levels: Words) -> None:
+        """x: [count, heads, head_dim] with its heads side by side. Fills the arrays. Raises :class:`CodecError`."""
+
+    def dequantise(self, grid: Grid, scales: Words, middles: Words, levels: Words, out: Tensor) -> None:
+        """Fills ``out`` [heads, count, head_dim], contiguous. Raises :class:`CodecError`."""
+
+
+def choose_quantiser() -> Quantiser:
+    """Compiled where there is a compiler."""
+    library = native.load()
+    return TorchQuantiser() if library is None else NativeQuantiser(library)
+
+
+class QuantisedCodec:
+    def __init__(
+        self, name: str, level: Level, layout: KVLayout, *, compress: bool, quantiser: Quantiser | None = None
+    ):
+        """``compress``: whether levels are entropy coded. ``quantiser``: None takes the fastest there is."""
+        self.name = name
+        self._level, self._compress = level, compress
+        self._shape = Shape(layout)
+        self._quantiser = quantiser or choose_quantiser()
+        self._entropy, self._scratch = Entropy(), Scratch()
+        self._keeps = level.sinks + level.window > 0
+        self._token_bytes = self._shape.values(1) * self._shape.word.itemsize
+
+    def bound(self, count: int) -> int:
+        exact = min(count, self._level.sinks + self._level.window)
+        head = _HEAD.size if self._keeps else 0
+        return head + exact * self._token_bytes + self._scale_bytes(count) + sum(self._level_bytes(count))
+
+    def encode(self, keys: Tensor, values: Tensor, into: memoryview, *, before: int = 0, after: int = 0) -> int:
+        shape, count = self._shape, keys.shape[0]
+        both = [shape.checked(tensor, count) for tensor in (keys, values)]
+        first = min(count, max(0, self._level.sinks - before))
+        last = min(count - first, max(0, self._level.window - after))
+        end = 0
+        if self._keeps:
+            _HEAD.pack_into(into, 0, first, last)
+            end = self._put_exact(both, first, last, into)
+        middle = count - first - last
+        if not middle:
+            return end
+        scales, end = self._scales(into, middle, end)
+        sizes = self._level_bytes(middle)
+        room = self._scratch.room("levels", sum(sizes), _BYTE) if self._compress else None
+        levels = np.frombuffer(into, _BYTE, sum(sizes), end) if room is None else room
+        for tensor, grid, (scale, centre), part in zip(
+            both, (self._level.keys, self._level.values), scales, np.split(levels, [sizes[0]]), strict=True
+        ):
+            self._quantiser.quantise(tensor[first : count - last], grid, scale, centre, part)
+        return end + (sum(sizes) if room is None else self._entropy.pack(room, into[end:]))
+
+    def decode(self, data: memoryview, count: int) -> tuple[Tensor, Tensor]:
+        first, last, end = self._kept(data, count)
+        words = self._scratch.room("decoded", self._shape.values(count), self._shape.word)
+        out = self._shape.canonical(words, count)
+        for at, some in ((0, first), (count - last, last)):
+            if some:
+                part = np.frombuffer(data, self._shape.word, self._shape.values(some), end)
+                out[:, :, at : at + some] = self._shape.canonical(part, some)
+                end += some * self._token_bytes
+        if middle := count - first - last:
+            self._decode_levels(data, middle, end, out[:, :, first : count - last])
+        return out[0].transpose(0, 1), out[1].transpose(0, 1)
+
+    def _kept(self, data: memoryview, count: int) -> tuple[int, int, int]:
+        """Tokens kept exactly at both ends, and where the header ends.
+
+        Raises :class:`CodecError` if ``data`` is too short for what has a fixed size, or longer than any such block.
+        """
+        first = last = head = 0
+        if self._keeps:
+            if len(data) < _HEAD.size:
+                raise CodecError(f"{self.name} block of {len(data)} bytes has no header")
+            (first, last), head = _HEAD.unpack_from(data), _HEAD.size
+        if first > self._level.sinks or last > self._level.window or first + last > count:
+            raise CodecError(f"{self.name} block keeps {first} and {last} of {count} tokens")
+        middle = count - first - last
+        fixed = head + (first + last) * self._token_bytes + self._scale_bytes(middle)
+        most = sum(self._level_bytes(middle))
+        least = min(1, most) if self._compress else most
+        if not least <= len(data) - fixed <= most:
+            raise CodecError(f"{self.name} block of {len(data)} bytes, expected {fixed + least} to {fixed + most}")
+        return first, last, head
+
+    def _decode_levels(self, data: memoryview, count: int, start: int, out: Tensor) -> None:
+        """``out``: [2, heads, count, head_dim], maybe a part of every head's tokens."""
+        scales, end = self._scales(data, count, start)
+        sizes = self._level_bytes(count)
+        body = self._entropy.unpack(data[end:], sum(sizes)) if self._compress else data[end:]
+        parts = np.split(np.frombuffer(body, _BYTE), [sizes[0]])
+        whole = out.is_contiguous()
+        room = out if whole else self._shape.canonical(
+            self._scratch.room("middle", self._shape.values(count), self._shape.word), count
+        )  # fmt: skip
+        grids = (self._level.keys, self._level.values)
+        for tensor, grid, (scale, centre), part in zip(room, grids, scales, parts, strict=True):
+            self._quantiser.dequantise(grid, scale, centre, part, tensor)
+        if not whole:
+            out.copy_(room)
+
+    def _put_exact(self, both: list[Tensor], first: int, last: int, into: memoryview) -> int:
+        """Writes the tokens that are kept exactly after the header; returns where they end."""
+        shape, end = self._shape, _HEAD.size
+        count = both[0].shape[0]
+        for at, some in ((0, first), (count - last, last)):
+            if some:
+                room = np.frombuffer(into, shape.word, shape.values(some), end)
+                for tensor, part in zip(both, room.reshape(2, shape.heads, some, shape.head_dim), strict=True):
+                    part[:] = shape.words(tensor[at : at + some]).transpose(1, 0, 2)
+                end += some * self._token_bytes
+        return end
+
+    def _scales(self, data: memoryview, count: int, start: int) -> tuple[list[tuple[Words, Words]], int]:
+        """Views of K's and V's scales and middles, and where they end."""
+        parts, end = [], start
+        for grid in (self._level.keys, self._level.values):
+            pair = []
+            for size in (grid.groups(*self._size(count)), grid.middles(*self._size(count))):
+                pair.append(np.frombuffer(data, _SCALE, size, end) if size else np.empty(0, _SCALE))
+                end += size * _SCALE.itemsize
+            parts.append((pair[0], pair[1]))
+        return parts, end
+
+    def _scale_bytes(self, count: int) -> int:
+        size = self._size(count)
+        grids = (self._level.keys, self._level.values)
+        return sum(grid.groups(*size) + grid.middles(*size) for grid in grids) * _SCALE.itemsize
+
+    def _level_bytes(self, count: int) -> tuple[int, int]:
+        size = self._size(count)
+        return self._level.keys.level_bytes(*size), self._level.values.level_bytes(*size)
+
+    def _size(self, count: int) -> tuple[int, int, int]:
+        return count, self._shape.heads, self._shape.head_dim
