@@ -1,8 +1,12 @@
 """How much prompt a step may hold while it also decodes, from what steps have cost so far. Pure: seconds come in.
 
-A stream's gap between two tokens is one step. A step that also computes ``n`` prompt tokens takes about
-``decode_s + n * token_s``, so ``n = decode_s / token_s`` doubles the gap, whatever the hardware. That is the trade-off:
-prompts meanwhile get half of the time, and their first token comes about twice as late as without any streams.
+A stream's gap between two tokens is one step, so a prompt's share of a step is bounded by time: with it the step may
+take ``STRETCH`` times what it takes without. That is the trade-off, whatever the hardware: prompts get nearly half of
+the time while anyone decodes, and their first token comes about twice as late as on an idle engine.
+
+What a step costs is no line: matrix kernels work in blocks of rows, and some sizes leave the fast path. So nothing is
+extrapolated far. The share begins at one block, at most doubles after a full step that was fast enough, shrinks at once
+after one that was not, and stays below a size that failed for ``RETRY_STEPS`` steps; then that size is tried again.
 """
 
 from __future__ import annotations
@@ -10,37 +14,50 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-STRETCH = 0.8  # of a decode step's time goes to prompts on top of it: with noise the gap stays below twice
+STRETCH = 1.8  # of twice, which is promised; the rest is for noise
 BLOCK_TOKENS = 16  # rows that matrix kernels compute at one go: a part of that costs as much
-REMEMBERED = 9  # steps of each kind; their median ignores a hiccup and follows growing contexts
+RETRY_STEPS = 256
+REMEMBERED = 9  # decode steps; their median ignores a hiccup and follows growing contexts
 
 
 class Pace:
-    """Learns from every step. Until it has seen both kinds it answers ``first`` tokens."""
+    """Learns from every step."""
 
-    def __init__(self, *, first: int = 64) -> None:
-        self._first = first
+    def __init__(self) -> None:
         self._decode_s: deque[float] = deque(maxlen=REMEMBERED)
-        self._token_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._share = BLOCK_TOKENS
+        self._failed: int | None = None  # tokens that took too long
+        self._steps_since = 0
+
+    def mixed_tokens(self, most: int) -> int:
+        """Prompt tokens for a step that also decodes: at least one block, at most ``most`` tokens."""
+        return min(self._share, most)
 
     def observe(self, decodes: int, prompt_tokens: int, step_s: float) -> None:
         """A step that took ``step_s`` seconds gave one token to each of ``decodes`` streams and computed
         ``prompt_tokens`` tokens of prompts."""
         if not prompt_tokens:
             self._decode_s.append(step_s)
-            return
-        if decodes and not self._decode_s:
-            return  # no telling which part of it the prompt took
-        rest_s = step_s - median(self._decode_s) if decodes else step_s
-        # A part of a block costs a block; a mixed step that was faster than a plain one says that prompts are cheap.
-        blocks = -(-prompt_tokens // BLOCK_TOKENS)
-        self._token_s.append(max(rest_s, 0.0) / (blocks * BLOCK_TOKENS))
+        elif decodes and self._decode_s:
+            self._learn(prompt_tokens, step_s, median(self._decode_s))
 
-    def mixed_tokens(self, most: int) -> int:
-        """Prompt tokens for a step that also decodes: whole blocks, at least one, at most ``most`` tokens."""
-        if not (self._decode_s and self._token_s):
-            return min(self._first, most)
-        spare_s, token_s = STRETCH * median(self._decode_s), median(self._token_s)
-        if token_s * most <= spare_s:
-            return most
-        return min(most, max(1, int(spare_s / token_s) // BLOCK_TOKENS) * BLOCK_TOKENS)
+    def _learn(self, prompt_tokens: int, step_s: float, decode_s: float) -> None:
+        self._steps_since += 1
+        spare_s = (STRETCH - 1) * decode_s
+        extra_s = max(step_s - decode_s, 1e-3 * decode_s)
+        if extra_s > spare_s:
+            if prompt_tokens > BLOCK_TOKENS:
+                self._failed, self._steps_since = prompt_tokens, 0
+            self._share = _blocks(min(prompt_tokens * spare_s / extra_s, prompt_tokens - 1))
+        elif prompt_tokens >= self._share:  # less says nothing of a full one
+            wanted = min(2.0 * prompt_tokens, prompt_tokens * spare_s / extra_s)
+            if self._failed is not None and prompt_tokens >= self._failed:
+                self._failed = None
+            elif self._failed is not None:
+                wanted = min(wanted, self._failed if self._steps_since >= RETRY_STEPS else self._failed - 1)
+            self._share = max(self._share, _blocks(wanted))
+
+
+def _blocks(tokens: float) -> int:
+    """Whole blocks within ``tokens``, but one at least."""
+    return max(1, int(tokens) // BLOCK_TOKENS) * BLOCK_TOKENS

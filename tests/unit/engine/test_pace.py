@@ -2,47 +2,66 @@
 
 from __future__ import annotations
 
-from engine.pace import Pace
+from collections.abc import Callable
+
+import pytest
+
+from engine.pace import RETRY_STEPS, Pace
 
 
-def learned(decode_s: float, token_s: float) -> Pace:
+def served(cost_s: Callable[[int], float], steps: int, most: int = 512) -> list[int]:
+    """The prompt tokens of ``steps`` mixed steps after one that only decodes, which takes a second more or less."""
+    pace, shares = Pace(), []
+    pace.observe(8, 0, cost_s(0))
+    for _ in range(steps):
+        shares.append(pace.mixed_tokens(most))
+        pace.observe(8, shares[-1], cost_s(shares[-1]))
+    return shares
+
+
+def test_it_begins_with_one_block_and_doubles_while_prompts_are_cheap() -> None:
+    assert served(lambda tokens: 1.0, 8) == [16, 32, 64, 128, 256, 512, 512, 512]
+
+
+@pytest.mark.parametrize("token_s", [0.002, 0.005, 0.01, 0.02, 0.04])
+def test_a_linear_cost_is_met_without_a_step_that_takes_twice_as_long(token_s: float) -> None:
+    shares = served(lambda tokens: 1.0 + tokens * token_s, 20)
+    assert max(shares) * token_s <= 0.8
+    assert 0.8 / token_s - shares[-1] < 32  # of whole blocks the next would be too many, or just fit
+
+
+def test_a_size_off_the_fast_path_is_tried_once() -> None:
+    shares = served(lambda tokens: 1.05 if tokens <= 48 else 5.0, RETRY_STEPS)
+    assert shares[:3] == [16, 32, 64]
+    assert shares.count(64) == 1
+    assert shares[-1] == 48
+
+
+def test_a_size_that_failed_is_tried_again_much_later() -> None:
+    shares = served(lambda tokens: 1.05 if tokens <= 48 else 5.0, 2 * RETRY_STEPS)
+    assert shares.count(64) == 2
+    assert max(shares) == 64
+
+
+def test_a_size_that_failed_by_a_hiccup_is_passed_later() -> None:
+    hiccups = iter([1.05, 9.0])
+    shares = served(lambda tokens: 1.0 if not tokens else next(hiccups, 1.05), 2 * RETRY_STEPS)
+    assert shares[:3] == [16, 32, 16]
+    assert max(shares[:RETRY_STEPS]) == 32
+    assert shares[-1] > 200
+
+
+def test_prompts_go_on_where_even_one_block_takes_too_long() -> None:
+    assert set(served(lambda tokens: 1.0 + tokens, 10)) == {16}
+
+
+def test_a_hiccup_of_decode_steps_and_the_rest_of_a_prompt_change_nothing() -> None:
     pace = Pace()
-    pace.observe(0, 64, 64 * token_s)
-    pace.observe(4, 0, decode_s)
-    return pace
-
-
-def test_before_both_kinds_of_steps_were_seen_the_default_holds() -> None:
-    pace = Pace(first=48)
-    assert (pace.mixed_tokens(512), pace.mixed_tokens(32)) == (48, 32)
-    pace.observe(8, 48, 0.1)  # which part of it was the prompt's is not known
-    pace.observe(8, 0, 0.05)
-    assert pace.mixed_tokens(512) == 48
-
-
-def test_prompts_get_most_of_a_decode_steps_time_on_top_of_it() -> None:
-    assert learned(0.1, 0.001).mixed_tokens(512) == 80
-    assert learned(0.099, 0.001).mixed_tokens(512) == 64  # whole blocks of 16
-    assert learned(0.1, 0.001).mixed_tokens(50) == 50
-    assert learned(0.001, 0.001).mixed_tokens(512) == 16  # prompts do go on
-    assert learned(0.1, 1e-6).mixed_tokens(512) == 512
-
-
-def test_mixed_steps_teach_what_a_prompt_token_costs() -> None:
-    pace = learned(0.1, 0.001)
-    for _ in range(20):
-        pace.observe(4, 30, 0.1 + 32 * 0.002)  # 30 tokens cost two blocks
-    assert pace.mixed_tokens(512) == 32
-    for _ in range(20):
-        pace.observe(4, 16, 0.09)  # faster than without: prompts cost nothing
-    assert pace.mixed_tokens(512) == 512
-
-
-def test_one_slow_step_changes_nothing() -> None:
-    pace = learned(0.1, 0.001)
-    for _ in range(3):
-        pace.observe(4, 0, 0.1)
-        pace.observe(0, 64, 0.064)
-    pace.observe(4, 0, 9.0)
-    pace.observe(0, 64, 9.0)
-    assert pace.mixed_tokens(512) == 80
+    pace.observe(8, 16, 9.0)  # nobody knows yet what a decode step takes
+    for seconds in (1.0, 1.0, 9.0):
+        pace.observe(8, 0, seconds)
+    pace.observe(8, 3, 1.1)
+    pace.observe(0, 300, 9.0)  # nobody waited
+    assert pace.mixed_tokens(512) == 16
+    pace.observe(8, 16, 1.3)
+    assert (pace.mixed_tokens(512), pace.mixed_tokens(20)) == (32, 20)
