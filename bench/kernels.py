@@ -206,12 +206,14 @@ def sampling_rows(device: torch.device, bandwidth: float) -> Iterator[Row]:
 def compiled() -> None:
     """What can be told without a GPU."""
     print("No CUDA device: nothing is measured. What the compiler reports of every kernel:")
-    built = [asdict(each) for each in aot.build_all()]
-    print(f"{'kernel':<52}{'GPU':>7}{'warps':>7}{'registers':>11}{'shared B':>10}{'spilled B':>11}")
-    for each in built:
+    print(f"{'kernel':<52}{'GPU':>7}{'warps':>7}{'registers':>11}{'shared B':>10}{'spilled B':>11}", flush=True)
+    built = []
+    for each in aot.build_all():
+        built.append(asdict(each))
         print(
-            f"{each['name']:<52}{each['capability']:>7}{each['warps']:>7}{each['registers']:>11}"
-            f"{each['shared_bytes']:>10}{each['spilled_bytes']:>11}"
+            f"{each.name:<52}{each.capability:>7}{each.warps:>7}{each.registers:>11}"
+            f"{each.shared_bytes:>10}{each.spilled_bytes:>11}",
+            flush=True,
         )
     report.save("kernels-compiled", built)
 

@@ -8,7 +8,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-DISTRIBUTIONS = ("torch", "ray", "nixl", "grpcio")
+DISTRIBUTIONS = ("torch", "triton", "ray", "nixl", "grpcio")  # those that are there: a GPU machine may be bare
 
 
 def describe() -> dict[str, object]:
@@ -21,9 +21,14 @@ def describe() -> dict[str, object]:
         "load_average": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "libraries": {name: metadata.version(name) for name in DISTRIBUTIONS},
+        "libraries": _installed(),
         "commit": _commit(),
     }
+
+
+def _installed() -> dict[str, str]:
+    present = {each.name for each in metadata.distributions()}
+    return {name: metadata.version(name) for name in DISTRIBUTIONS if name in present}
 
 
 def _flags() -> set[str]:
