@@ -173,7 +173,8 @@ template <class KV> class Prefill {
            float *out) {
     const int64_t sharing = h_.sharing(), rows = tokens * sharing, dim = h_.head_dim;
     for (int64_t r = 0; r < rows; ++r) {
-      const float *query = qkv + (span.first + begin + r / sharing) * h_.row() + (kv_head * sharing + r % sharing) * dim;
+      const int64_t head = kv_head * sharing + r % sharing;
+      const float *query = qkv + (span.first + begin + r / sharing) * h_.row() + head * dim;
       for (int64_t d = 0; d < dim; ++d) queries_[r * dim + d] = query[d] * h_.scale;
     }
     std::fill(mixed_.begin(), mixed_.end(), 0.0f);

@@ -72,7 +72,8 @@ template <int ROWS, class W>
   }
 }
 
-template <class W> using Multiply = void (*)(const float *, int64_t, const W *, int64_t, int64_t, float *, int64_t, bool);
+template <class W>
+using Multiply = void (*)(const float *, int64_t, const W *, int64_t, int64_t, float *, int64_t, bool);
 
 template <class W, int... ROWS> inline Multiply<W> multiply_of(int64_t rows, std::integer_sequence<int, ROWS...>) {
   static constexpr Multiply<W> of_height[] = {multiply<ROWS + 1, W>...};
