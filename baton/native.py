@@ -68,14 +68,13 @@ def _compile(compiler: str, source: Path, flags: tuple[str, ...], link: tuple[st
     log.info("compiled %s in %.1f s: %s", source.name, time.monotonic() - started_s, target)
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         raise BuildError(f"{command[0]} did not finish within {TIMEOUT_S:.0f} s") from None
     if done.returncode != 0:
         raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")
-    return done.stdout
 
 
 def _fingerprint(source: Path, compiler: str, flags: tuple[str, ...], link: tuple[str, ...]) -> str:
@@ -83,7 +82,8 @@ def _fingerprint(source: Path, compiler: str, flags: tuple[str, ...], link: tupl
     digest = hashlib.sha256()
     for file in (source, *sorted(source.parent.glob("*.h"))):
         digest.update(file.read_bytes())
-    digest.update("\n".join((*flags, *link, compiler, _run([compiler, "--version"]), _cpu())).encode())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    digest.update("\n".join((*flags, *link, compiler, version.stdout, _cpu())).encode())
     return digest.hexdigest()[:16]
 
 
