@@ -96,6 +96,6 @@ def build_engine(
         observer=observer,
         ranks=ranks,
     )
-    if model.device.type == "cuda" and ranks is None and observer is None:  # who has an observer decodes nothing
-        engine.capture_graphs(pool.max_running)
+    if model.device.type == "cuda" and ranks is None:
+        engine.warm_up(pool.max_running if observer is None else 0)  # who has an observer decodes nothing
     return engine

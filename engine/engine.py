@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from baton.errors import InvalidRequest, NotFound
-from baton.request import TokenEvent, Work
+from baton.request import Sampling, TokenEvent, Work
 from engine.active import Active
 from engine.attention import Span
 from engine.cache import KVCache
@@ -107,9 +107,9 @@ class Engine:
         self._past_timings: dict[str, Timing] = {}
         self.blocked = False  # the last step found work but could run none: it waits for pages that others hold
 
-    def capture_graphs(self, largest: int) -> None:
-        """As :meth:`engine.runner.Runner.capture_graphs`; before the first step."""
-        self._runner.capture_graphs(largest)
+    def warm_up(self, largest: int) -> None:
+        """As :meth:`engine.runner.Runner.warm_up`, sampling included; before the first step."""
+        sample(self._runner.warm_up(largest), [Row(Sampling(), 0)])
 
     def add(self, work: Work, *, prefill_only: bool = False) -> None:
         """Queues ``work``. A prefill_only sequence yields its first token and then holds its pages until released.

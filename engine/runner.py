@@ -38,13 +38,19 @@ class Runner:
         self._model, self._cache = model, cache
         self._graphs: DecodeGraphs | None = None
 
-    def capture_graphs(self, largest: int) -> None:
-        """From then on a step of at most ``largest`` decodes and nothing else is one launch. For CUDA's operations."""
+    def warm_up(self, largest: int) -> torch.Tensor:
+        """Compiles the kernels of a prompt, before the first one comes; on CUDA only. Returns some logits [1, vocab].
+
+        From then on a step of at most ``largest`` decodes and nothing else is one launch; 0 captures none.
+        """
         from engine.graphs import DecodeGraphs  # Triton, which only CUDA needs
 
-        graphs = DecodeGraphs(self._model, self._cache, largest)
-        graphs.capture(lambda done, total: log.info("captured %d of %d CUDA graphs", done, total))
-        self._graphs = graphs
+        logits = self.run(Step((0,), (0,), (Span(0, 1, (0,)),), 0))  # whoever gets page 0 writes it before reading it
+        if largest:
+            graphs = DecodeGraphs(self._model, self._cache, largest)
+            graphs.capture(lambda done, total: log.info("captured %d of %d CUDA graphs", done, total))
+            self._graphs = graphs
+        return logits
 
     def run(self, step: Step, layer_written: Callable[[int], None] | None = None) -> torch.Tensor:
         """Logits [wanted rows, vocab] on rank 0; the step's KV is in the pages afterwards."""

@@ -1,7 +1,7 @@
 """Compiles every kernel for sm_80 (A100) and sm_90 (H100, H200), without a GPU, and reports what each one uses.
 
-``python -m engine.kernels.aot`` prints registers, shared memory and spilled bytes, and fails when anything spills. What
-Triton compiled before comes from its cache.
+``python -m engine.kernels.aot [MODULE ...]`` prints registers, shared memory and spilled bytes, and fails when anything
+spills. What Triton compiled before comes from its cache.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Built:
     spilled_bytes: int  # per thread: stack and local memory
 
 
-def build(module: str, index: int, capability: int) -> Built:
-    """Compiles the ``index``-th specialisation of ``engine.kernels.module``. Raises what Triton raises."""
-    spec = _specialisations(module)[index]
-    divisible = {(spec.fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned}
+def build(spec: Specialisation, capability: int) -> Built:
+    """Compiles ``spec`` for GPUs of ``capability``. Raises what Triton raises."""
+    # Sorted, because their order is part of the key of Triton's cache.
+    divisible = {(spec.fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in sorted(spec.aligned)}
     source = ASTSource(spec.fn, dict(spec.signature), dict(spec.constexprs), divisible)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
@@ -59,7 +59,11 @@ def build_all(modules: Sequence[str] = MODULES) -> Iterator[Built]:
     # Forked children would share the compiler's threads; one process of its own each is clean and costs 0.3 s.
     workers = min(len(jobs), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(build, *zip(*jobs, strict=True))
+        yield from pool.map(_build, *zip(*jobs, strict=True))
+
+
+def _build(module: str, index: int, capability: int) -> Built:
+    return build(_specialisations(module)[index], capability)
 
 
 def _specialisations(module: str) -> Sequence[Specialisation]:
@@ -78,17 +82,17 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
-def main() -> int:
+def main(modules: Sequence[str]) -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
     print(f"Triton {triton.__version__}, cache {Path(triton.knobs.cache.dir)}")
-    print(f"{'kernel':<48} {'GPU':>6} {'warps':>6} {'registers':>10} {'shared B':>9} {'spilled B':>10}")
+    print(f"{'kernel':<56} {'GPU':>6} {'warps':>6} {'registers':>10} {'shared B':>9} {'spilled B':>10}")
     spilling = 0
-    for built in build_all():
+    for built in build_all(modules or MODULES):
         spilling += built.spilled_bytes > 0
         print(
-            f"{built.name:<48} {f'sm_{built.capability}':>6} {built.warps:>6} {built.registers:>10} "
+            f"{built.name:<56} {f'sm_{built.capability}':>6} {built.warps:>6} {built.registers:>10} "
             f"{built.shared_bytes:>9} {built.spilled_bytes:>10}",
             flush=True,
         )
@@ -98,4 +102,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -130,7 +130,7 @@ def test_greedy_tokens_are_those_of_the_cpu(cuda: torch.device) -> None:
             model, page_tokens=PAGE_TOKENS, pages=PAGES, step_tokens=64, max_running=8, max_waiting=8, mixed_tokens=32
         )
         if device.type == "cuda":
-            engine.capture_graphs(8)
+            engine.warm_up(8)
         for index, prompt in enumerate(prompts):
             engine.add(Work(f"r{index}", prompt, Sampling(temperature=0.0, max_tokens=24), 0, 60.0))
         out: dict[str, list[int]] = {}
