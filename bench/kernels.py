@@ -63,12 +63,12 @@ def _graph(act: Callable[[], object], launches: int) -> torch.cuda.CUDAGraph:
 
 
 def _replay_s(graph: torch.cuda.CUDAGraph) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     graph.replay()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -127,12 +127,10 @@ def prefill_rows(device: torch.device, rate: float) -> Iterator[Row]:
         layer = normal(context, 2 * KV_HEADS, HEAD_DIM, device=device)
         table = torch.randperm(context // PAGE_TOKENS, device=device).int()[None]
         queries = normal(count, HEADS, HEAD_DIM, device=device)
-        chunk = tuple(torch.tensor([each], dtype=torch.int32, device=device) for each in (0, start, count))
+        chunk = (torch.tensor([each], dtype=torch.int32, device=device) for each in (0, start, count))
         out = torch.empty_like(queries)
-        fixed = {"page_tokens": PAGE_TOKENS, "longest": count}
-        seconds = timed(
-            partial(paged_prefill, queries, layer, table, *chunk, scale=HEAD_DIM**-0.5, out=out, **fixed)
-        )  # fmt: skip
+        run = partial(paged_prefill, longest=count, page_tokens=PAGE_TOKENS, scale=HEAD_DIM**-0.5, out=out)
+        seconds = timed(partial(run, queries, layer, table, *chunk))
         seen = count * start + count * (count + 1) // 2  # pairs of a query and a key
         operations = 4.0 * HEADS * HEAD_DIM * seen
         plain_s = _sdpa_s(queries, layer) if start == 0 else None  # with a prefix its fast path cannot be causal

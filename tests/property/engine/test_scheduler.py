@@ -34,7 +34,14 @@ class Serving(RuleBasedStateMachine):
         caches=st.booleans(),
     )
     def build(
-        self, pages: int, page_tokens: int, step_tokens: int, mixed_tokens: int | None, max_running: int, caches: bool
+        self,
+        *,
+        pages: int,
+        page_tokens: int,
+        step_tokens: int,
+        mixed_tokens: int | None,
+        max_running: int,
+        caches: bool,
     ) -> None:
         self.pool = PagePool(pages, page_tokens)
         self.scheduler = Scheduler(

@@ -41,7 +41,7 @@ def test_the_tree_of_a_configuration_gives_it_again() -> None:
     ("tree", "field", "message"),
     [
         ({"prefil": {}}, "prefil", "unknown key; allowed here: name, worker_host, model, prefill, decode"),
-        ({"prefill": {"replica": 2}}, "prefill.replica", "allowed here: replicas, page_tokens"),
+        ({"prefill": {"replica": 2}}, "prefill.replica", "allowed here: replicas, tensor_parallel"),
         ({"prefill": {"replicas": -1}}, "prefill.replicas", "greater than or equal to 0; got -1"),
         ({"prefill": {"replicas": "two"}}, "prefill.replicas", "got 'two'"),
         ({"prefill": {"replicas": 1.5}}, "prefill.replicas", "got 1.5"),
