@@ -39,8 +39,8 @@ inline void put(bf16 *to, float value) {
 
 inline int32_t rounded(float value) { return bits(value + ROUNDER) - bits(ROUNDER); }
 
-// To bfloat16 away from zero: no level then passes the top one.
-inline float up(float value) { return real((bits(value) + 0xffff) & ~0xffff); }
+// A magnitude to bfloat16, away from zero (no level then passes the top one), and never the negative zero.
+inline float up(float value) { return real(((bits(value) & 0x7fffffff) + 0xffff) & ~0xffff); }
 
 inline uint8_t to_e4m3(float value) {
   const int32_t word = bits(value), magnitude = word & 0x7fffffff;
@@ -220,7 +220,7 @@ int quantise_channels(const T *x, int64_t count, int64_t row_stride, int heads, 
       for (int d = 0; d < head_dim; ++d) largest = std::max(largest, most[d]);
       if (largest >= REFUSED) return 1;
       for (int d = 0; d < head_dim; ++d) {
-        middle[d] = real(bits(high[d] * 0.5f + low[d] * 0.5f) & ~0xffff);
+        middle[d] = real(bits(high[d] * 0.5f + low[d] * 0.5f + 0.0f) & ~0xffff);  // + 0: which zero is low is chance
         const float above = high[d] - middle[d], below = middle[d] - low[d];
         const float step = up((above > below ? above : below) / centre);
         divisor[d] = step > 0.0f ? step : 1.0f;

@@ -62,7 +62,7 @@ def _by_channel(wide: Tensor, grid: Grid, middles: Words) -> tuple[Tensor, Tenso
     for first in range(0, wide.shape[1], grid.tokens):
         part = wide[:, first : first + grid.tokens]
         low, high = part.amin(dim=1, keepdim=True), part.amax(dim=1, keepdim=True)
-        middle = (high * 0.5 + low * 0.5).view(torch.int32).bitwise_and(-0x10000).view(torch.float32)
+        middle = (high * 0.5 + low * 0.5 + 0.0).view(torch.int32).bitwise_and(-0x10000).view(torch.float32)
         step = _up(torch.maximum(high - middle, middle - low) / (grid.top / 2))
         scaled = (part - middle) / torch.where(step > 0, step, 1.0) + grid.top / 2
         levels.append(scaled.round().clamp(0, grid.top).to(torch.uint8))
@@ -115,7 +115,7 @@ def unpack(packed: Tensor, count: int, width: int) -> Tensor:
 
 def _up(step: Tensor) -> Tensor:
     """To bfloat16, away from zero."""
-    return ((step.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+    return (((step.view(torch.int32) & 0x7FFFFFFF) + 0xFFFF) & -0x10000).view(torch.float32)
 
 
 def _high(values: Tensor) -> Words:
