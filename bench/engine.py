@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Annotated, Any
 from unittest import mock
 
@@ -25,6 +26,7 @@ from engine.engine import Engine
 from engine.model import Model
 from engine.ops import TorchOps
 from engine.spec import ModelSpec
+from engine.text import Detokenizer, Tokenizer
 
 CONTEXT = 512
 LONG, CACHED = 1900, 1800
@@ -120,6 +122,19 @@ def decode_steps(model: Model, batch: int, steps: int = 30) -> dict[str, float]:
     return {"step_ms": 1e3 * statistics.median(whole), "not_model_share": share}
 
 
+def detokenize_ms(folder: Path, tokens: int = 200) -> float:
+    """Milliseconds that the router spends to turn one token into text."""
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.encode(" ".join(topics["assert"].split()))[:tokens]
+    detokenizer = Detokenizer(tokenizer)
+
+    def push() -> None:
+        for token in ids:
+            detokenizer.push(token)
+
+    return 1e3 * median_s(push) / len(ids)
+
+
 def prefill_tokens_s(model: Model) -> float:
     engine = build_engine(model, pool(prefix_cache=False), 4096)
     return CONTEXT / statistics.median(first_token_s(engine, prompt(CONTEXT, seed)) for seed in range(REPEATS + 1))
@@ -157,19 +172,25 @@ def transformers_s(folder: Path, dtype: torch.dtype) -> dict[str, float]:
 
 @app.command()
 def cpu(threads: Threads = 1) -> None:
-    """Decode steps against the bandwidth floor, prefill, and both against transformers."""
+    """Decode steps against the bandwidth floor, prefill, and both against transformers.
+
+    ``not_model_share`` is the part of a step outside the forward pass, with the text of its tokens.
+    """
     model, folder = small_model(threads)
     bandwidth = read_bandwidth(model.device)
     floor_s = model_bytes(model.spec, 2) / bandwidth
     rows = {batch: decode_steps(model, batch) for batch in (1, 4, 8)}
-    for row in rows.values():
+    token_ms = detokenize_ms(folder)
+    for batch, row in rows.items():
         row["of_floor"] = 1e3 * floor_s / row["step_ms"]
+        row["not_model_share"] += batch * token_ms / row["step_ms"]
     result = {
         "threads": threads,
         "compute": str(model.dtype),
         "operations": type(model.ops).__name__,
         "read_gb_s": bandwidth / 1e9,
         "floor_ms": 1e3 * floor_s,
+        "detokenize_ms": token_ms,
         "decode": rows,
         "prefill_tokens_s": prefill_tokens_s(model),
         "transformers": transformers_s(folder, model.dtype),
