@@ -65,7 +65,12 @@ class PoolConfig(_Frozen):
     step_tokens: Count = Field(default=512, description="Token budget of one engine step (prefill chunks and decodes).")
     mixed_tokens: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="Most prompt tokens of a step that also decodes; 0: as many as about double a decode step's time.",
+        description="Most prompt tokens of a step that also decodes; 0: as many as gap_ms leaves time for.",
+    )
+    gap_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=100.0,
+        description="Prompts may stretch the gap between two tokens of a stream to this many milliseconds, or to 1.8 "
+        "times the gap without prompts if that is longer. Smaller: steadier streams. Larger: earlier first tokens.",
     )
     prefix_cache: bool = Field(default=True, description="Keep KV pages for later prompts that begin alike.")
     max_running: Count = Field(default=64, description="Most sequences in one step.")

@@ -92,6 +92,7 @@ def build_engine(
         max_running=pool.max_running,
         max_waiting=pool.max_waiting,
         mixed_tokens=pool.mixed_tokens,
+        gap_s=pool.gap_ms / 1e3,
         prefix_cache=pool.prefix_cache,
         observer=observer,
         ranks=ranks,

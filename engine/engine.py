@@ -77,13 +77,15 @@ class Engine:
         max_running: int,
         max_waiting: int,
         mixed_tokens: int = 0,
+        gap_s: float = 0.0,
         prefix_cache: bool = True,
         observer: LayerObserver | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """``ranks`` of a tensor-parallel model hold the cache of ``pages`` pages, and are closed with the engine.
 
-        mixed_tokens: most prompt tokens of a step that also decodes; 0 leaves it to :class:`engine.pace.Pace`.
+        mixed_tokens: most prompt tokens of a step that also decodes; 0 leaves it, with ``gap_s``, to
+        :class:`engine.pace.Pace`.
         """
         self.layout = model.layout
         self.cache: KVCache | SharedKVCache
@@ -101,7 +103,7 @@ class Engine:
             max_waiting=max_waiting,
             mixed_tokens=mixed_tokens or None,
         )
-        self._pace = None if mixed_tokens else Pace()
+        self._pace = None if mixed_tokens else Pace(gap_s)
         self._salt = model.layout.fingerprint.encode() if prefix_cache else None
         self._active: dict[str, Active] = {}
         self._past_timings: dict[str, Timing] = {}

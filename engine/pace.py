@@ -1,8 +1,9 @@
 """How much prompt a step may hold while it also decodes, from what steps have cost so far. Pure: seconds come in.
 
 A stream's gap between two tokens is one step, so a prompt's share of a step is bounded by time: with it the step may
-take ``STRETCH`` times what it takes without. That is the trade-off, whatever the hardware: prompts get nearly half of
-the time while anyone decodes, and their first token comes about twice as late as on an idle engine.
+take ``STRETCH`` times what it takes without, or ``gap_s`` seconds if that is longer. That is the trade-off. By the
+first bound prompts get nearly half of the time while anyone decodes, and the fixed part of a step is paid again for
+every share of a prompt; where steps are short beside a gap that nobody notices, the second lets them have more.
 
 What a step costs is no line: matrix kernels work in blocks of rows, and some sizes leave the fast path. So nothing is
 extrapolated far. The share begins at one block, at most doubles after a full step that was fast enough, shrinks at once
@@ -21,9 +22,10 @@ REMEMBERED = 9  # decode steps; their median ignores a hiccup and follows growin
 
 
 class Pace:
-    """Learns from every step."""
+    """Learns from every step. ``gap_s``: seconds between two tokens of a stream that are always allowed."""
 
-    def __init__(self) -> None:
+    def __init__(self, gap_s: float = 0.0) -> None:
+        self._gap_s = gap_s
         self._decode_s: deque[float] = deque(maxlen=REMEMBERED)
         self._share = BLOCK_TOKENS
         self._failed: int | None = None  # tokens that took too long
@@ -43,7 +45,7 @@ class Pace:
 
     def _learn(self, prompt_tokens: int, step_s: float, decode_s: float) -> None:
         self._steps_since += 1
-        spare_s = (STRETCH - 1) * decode_s
+        spare_s = max(STRETCH * decode_s, self._gap_s) - decode_s
         extra_s = max(step_s - decode_s, 1e-3 * decode_s)
         if extra_s > spare_s:
             if prompt_tokens > BLOCK_TOKENS:

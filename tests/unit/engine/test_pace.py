@@ -9,9 +9,9 @@ import pytest
 from engine.pace import RETRY_STEPS, Pace
 
 
-def served(cost_s: Callable[[int], float], steps: int, most: int = 512) -> list[int]:
+def served(cost_s: Callable[[int], float], steps: int, most: int = 512, gap_s: float = 0.0) -> list[int]:
     """The prompt tokens of ``steps`` mixed steps after one that only decodes, which takes a second more or less."""
-    pace, shares = Pace(), []
+    pace, shares = Pace(gap_s), []
     pace.observe(8, 0, cost_s(0))
     for _ in range(steps):
         shares.append(pace.mixed_tokens(most))
@@ -28,6 +28,17 @@ def test_a_linear_cost_is_met_without_a_step_that_takes_twice_as_long(token_s: f
     shares = served(lambda tokens: 1.0 + tokens * token_s, 20)
     assert max(shares) * token_s <= 0.8
     assert 0.8 / token_s - shares[-1] < 32  # of whole blocks the next would be too many, or just fit
+
+
+@pytest.mark.parametrize("gap_s", [3.0, 6.0])
+def test_a_gap_that_is_allowed_anyway_is_used(gap_s: float) -> None:
+    shares = served(lambda tokens: 1.0 + tokens * 0.01, 20, gap_s=gap_s)
+    assert max(shares) * 0.01 <= gap_s - 1.0
+    assert (gap_s - 1.0) / 0.01 - shares[-1] < 32
+
+
+def test_a_gap_shorter_than_the_stretch_changes_nothing() -> None:
+    assert served(lambda tokens: 1.0 + tokens * 0.01, 20, gap_s=1.5) == served(lambda tokens: 1.0 + tokens * 0.01, 20)
 
 
 def test_a_size_off_the_fast_path_is_tried_once() -> None:
