@@ -5,7 +5,7 @@ hour disturbs both alike. Both get the same closed loop: prompts of 512 token id
 and 8. Medians over the rounds; a ratio above 1 says that Baton is better.
 
 whole: both cores in one server. pd: a prefill worker on core 0, a decode worker on core 1. The peer runs in the dtype
-that `--dtypes` names; where the CPU has no bfloat16 instructions float32 is its faster one, so that is the default.
+that `--dtype` names; where the CPU has no bfloat16 instructions float32 is its faster one, so that is the default.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import shutil
 import signal
 import statistics
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -62,17 +64,19 @@ class Peer:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        command = ["bash", str(self.scripts / f"{self.setting}.sh"), str(self.folder)]
-        if self.setting == "whole":
-            command += ["--dtype", self.dtype]
         log = self.folder / f"{self.setting}.log"
-        with log.open("w") as out:
+        with tempfile.TemporaryDirectory() as copy, log.open("w") as out:
+            scripts = Path(shutil.copytree(self.scripts, copy, dirs_exist_ok=True, copy_function=shutil.copyfile))
+            whole = scripts / "whole.sh"
+            whole.write_text(whole.read_text().replace("--dtype bfloat16", f"--dtype {self.dtype}"))
+            whole.chmod(0o755)
+            command = ["bash", str(scripts / f"{self.setting}.sh"), str(self.folder)]
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            self._wait(process, log)
-            yield
-        finally:
-            _end(process)
+            try:
+                self._wait(process, log)
+                yield
+            finally:
+                _end(process)
 
     def _wait(self, process: subprocess.Popen[bytes], log: Path) -> None:
         """pd.sh says when it is ready; the whole server answers its health check."""
@@ -173,18 +177,16 @@ def main(
     setting: Annotated[str, typer.Argument(help="whole or pd")],
     peers: Annotated[Path, typer.Option(help="What setup.sh built.")],
     scripts: Annotated[Path, typer.Option(help="Folder of setup.sh, whole.sh, pd.sh and load.py.")],
-    dtypes: Annotated[str, typer.Option(help="dtypes of the peer, with commas.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="dtype of the peer.")] = "float32",
     rounds: Annotated[int, typer.Option(help="Passes of each side.")] = 5,
 ) -> None:
     if setting not in SETTINGS:
         raise typer.BadParameter(f"is {setting!r}, allowed: {', '.join(SETTINGS)}", param_hint="setting")
-    table = {}
-    for dtype in dtypes.split(","):
-        table[dtype] = compare(setting, peers.resolve(), scripts.resolve(), dtype, rounds)
-        for row in table[dtype]:
-            ratios = ", ".join(f"{name} {row[f'{name}_ratio']:.2f}x" for name in ("ttft", "tpot", "output"))
-            print(f"{setting} vllm {dtype}, concurrency {row['concurrency']}: {ratios}")
-    report.save(f"peers-{setting}", {"rounds": rounds, "rows": table})
+    rows = compare(setting, peers.resolve(), scripts.resolve(), dtype, rounds)
+    for row in rows:
+        ratios = ", ".join(f"{name} {row[f'{name}_ratio']:.2f}x" for name in ("ttft", "tpot", "output"))
+        print(f"{setting} vllm {dtype}, concurrency {row['concurrency']}: {ratios}")
+    report.save(f"peers-{setting}-{dtype}", {"rounds": rounds, "rows": rows})
 
 
 if __name__ == "__main__":
