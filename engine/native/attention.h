@@ -1,6 +1,5 @@
 // Causal attention over the pages of a KV cache, read where they lie: one row per sequence (decode) or many (prefill).
-// Online softmax as in FlashAttention (arXiv:2205.14135), split over the context as in Flash-Decoding where a step has
-// fewer sequences than threads. Query heads that share a KV head read its K and V together.
+// Online softmax as in FlashAttention (arXiv:2205.14135), long contexts split among threads as in Flash-Decoding. Query heads that share a KV head read its K and V together.
 #pragma once
 
 #include <cmath>
@@ -17,10 +16,12 @@ struct Span {
   int64_t first, start, count, table;
 };
 
-// All sequences of a step: ``spans`` of them at the head of ``numbers``, their block tables behind.
+// All sequences of a step: ``spans`` of them at the head of ``numbers``, their block tables behind. The first
+// ``decodes`` have one row each. A chunk may have one row as well, and is computed as every other chunk is: how a prompt
+// was cut must not show in its KV.
 struct Step {
   const int64_t *numbers;
-  int64_t spans, page_tokens;
+  int64_t spans, decodes, page_tokens;
 
   const Span &span(int64_t index) const { return reinterpret_cast<const Span *>(numbers)[index]; }
 
@@ -180,7 +181,7 @@ template <class KV> class Prefill {
     std::fill(mixed_.begin(), mixed_.end(), 0.0f);
     std::fill(softmax_.begin(), softmax_.end(), Softmax());
     const int64_t position = span.start + begin, end = position + tokens;
-    for (int64_t at = h_.first_seen(position); at < end; at += TOKENS) {
+    for (int64_t at = h_.first_seen(position) / TOKENS * TOKENS; at < end; at += TOKENS) {
       const int64_t count = std::min(TOKENS, end - at);
       locate(step_, span, h_, layer + kv_head * dim, at, count, places_);
       gather(places_, count, dim, h_.kv_heads * dim, wide_, keys_.data(), values_.data());
@@ -229,16 +230,13 @@ struct Part {
   int64_t span, first, end;
 };
 
+// A sequence is cut alike whatever the others are, so that its sums are the same in every batch.
 inline std::vector<Part> parts_of(const Step &step, const Heads &h, int threads) {
   std::vector<Part> parts;
-  int64_t decodes = 0;
-  for (int64_t s = 0; s < step.spans; ++s) decodes += step.span(s).count == 1;
-  for (int64_t s = 0; s < step.spans; ++s) {
+  for (int64_t s = 0; s < step.decodes; ++s) {
     const Span &span = step.span(s);
-    if (span.count != 1) continue;
     const int64_t first = h.first_seen(span.start), tokens = span.start + 1 - first;
-    const int64_t wanted = decodes >= 4 * threads ? 1 : threads;
-    const int64_t count = std::clamp<int64_t>(tokens / SPLIT_TOKENS, 1, wanted);
+    const int64_t count = std::clamp<int64_t>(tokens / SPLIT_TOKENS, 1, threads);
     for (int64_t p = 0; p < count; ++p)
       parts.push_back({s, first + tokens * p / count, first + tokens * (p + 1) / count});
   }
@@ -253,8 +251,8 @@ struct Block {
 template <class KV> std::vector<Block> blocks_of(const Step &step, const Heads &h) {
   std::vector<Block> blocks;
   const int64_t most = Prefill<KV>::block(h);
-  for (int64_t s = 0; s < step.spans; ++s)
-    for (int64_t end = step.span(s).count > 1 ? step.span(s).count : 0; end > 0; end -= most)  // dearest first
+  for (int64_t s = step.decodes; s < step.spans; ++s)
+    for (int64_t end = step.span(s).count; end > 0; end -= most)  // dearest first
       for (int64_t head = 0; head < h.kv_heads; ++head)
         blocks.push_back({s, head, std::max<int64_t>(end - most, 0), std::min(end, most)});
   return blocks;

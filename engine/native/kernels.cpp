@@ -41,23 +41,24 @@ void baton_silu_mul(const float *x, float *y, int64_t rows, int64_t width, int64
 
 // written [rows]: where in the cache each row of the step goes.
 void baton_slots(const int64_t *numbers, int64_t spans, int64_t page_tokens, int64_t *written) {
-  const baton::Step step{numbers, spans, page_tokens};
+  const baton::Step step{numbers, spans, 0, page_tokens};
   for (int64_t s = 0; s < spans; ++s)
     for (int64_t r = 0; r < step.span(s).count; ++r)
       written[step.span(s).first + r] = step.slot(step.span(s), step.span(s).start + r);
 }
 
-#define BATON_CACHE(NAME, KV)                                                                                         \
-  void baton_rope_write_##NAME(float *qkv, const float *cosine, const float *sine, const int64_t *written, KV *layer, \
-                               int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t threads) {    \
-    baton::rope_write(qkv, cosine, sine, written, layer, rows, heads, kv_heads, head_dim, static_cast<int>(threads)); \
-  }                                                                                                                   \
-  void baton_attend_##NAME(const int64_t *numbers, int64_t spans, int64_t page_tokens, const float *qkv,              \
-                           const KV *layer, float *out, int64_t heads, int64_t kv_heads, int64_t head_dim,            \
-                           int64_t window, int64_t threads) {                                                         \
-    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));                                               \
-    baton::attend(baton::Step{numbers, spans, page_tokens}, baton::Heads{heads, kv_heads, head_dim, scale, window},   \
-                  qkv, layer, out, static_cast<int>(threads));                                                        \
+#define BATON_CACHE(NAME, KV)                                                                                          \
+  void baton_rope_write_##NAME(float *qkv, const float *cosine, const float *sine, const int64_t *written, KV *layer,  \
+                               int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t threads) {     \
+    baton::rope_write(qkv, cosine, sine, written, layer, rows, heads, kv_heads, head_dim, static_cast<int>(threads));  \
+  }                                                                                                                    \
+  void baton_attend_##NAME(const int64_t *numbers, int64_t spans, int64_t decodes, int64_t page_tokens,                \
+                           const float *qkv, const KV *layer, float *out, int64_t heads, int64_t kv_heads,             \
+                           int64_t head_dim, int64_t window, int64_t threads) {                                        \
+    const baton::Step step{numbers, spans, decodes, page_tokens};                                                      \
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));                                                \
+    const baton::Heads each{heads, kv_heads, head_dim, scale, window};                                                 \
+    baton::attend(step, each, qkv, layer, out, static_cast<int>(threads));                                             \
   }
 
 BATON_CACHE(f32, float)

@@ -15,7 +15,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "silu_mul": [_POINTER] * 2 + [_INT] * 3,
     "slots": [_POINTER, _INT, _INT, _POINTER],
     "rope_write": [_POINTER] * 5 + [_INT] * 5,
-    "attend": [_POINTER, _INT, _INT] + [_POINTER] * 3 + [_INT] * 5,
+    "attend": [_POINTER, _INT, _INT, _INT] + [_POINTER] * 3 + [_INT] * 5,
 }
 
 

@@ -22,61 +22,40 @@ inline Pair pair(const bf16 *row) {
 
 inline Pair pair(const float *row) { return {load<LANES>(row), load<LANES>(row + LANES)}; }
 
-template <int ROWS> struct Tile {
-  V low[ROWS], high[ROWS];
-
-  // Adds x [ROWS, depth] times panel [depth, PANEL].
-  template <class W>
-  [[gnu::always_inline]] void add(const float *x, int64_t x_stride, const W *panel, int64_t panel_stride,
-                                  int64_t depth) {
-    for (int64_t k = 0; k < depth; ++k) {
-      const Pair w = pair(panel + k * panel_stride);
+// y [ROWS, PANELS * PANEL] = x [ROWS, depth] times PANELS panels [depth, PANEL], ``panel_step`` apart, added to y's own
+// values if ``add``. Each sum runs over the depth in order, one term after the other, whatever ROWS and PANELS are: a row
+// comes out the same alone and among others. Few rows take several panels, lest each sum wait for the one before.
+template <int ROWS, int PANELS, class W>
+[[gnu::noinline]] void multiply(const float *x, int64_t x_stride, const W *panel, int64_t panel_stride,
+                                int64_t panel_step, int64_t depth, float *y, int64_t y_stride, bool add) {
+  V low[PANELS][ROWS] = {}, high[PANELS][ROWS] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; ++p) {
+      const Pair w = pair(panel + p * panel_step + k * panel_stride);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
         const float factor = x[r * x_stride + k];
-        low[r] += factor * w.low;
-        high[r] += factor * w.high;
+        low[p][r] += factor * w.low;
+        high[p][r] += factor * w.high;
       }
     }
   }
-};
-
-// y [ROWS, PANEL] = x [ROWS, depth] panel [depth, PANEL], added to y's own values if ``add``. Few rows would wait for
-// the latency of each sum, so they keep several.
-template <int ROWS, class W>
-[[gnu::noinline]] void multiply(const float *x, int64_t x_stride, const W *panel, int64_t panel_stride, int64_t depth,
-                                float *y, int64_t y_stride, bool add) {
-  constexpr int CHAINS = ROWS == 1 ? 4 : ROWS <= 3 ? 2 : 1;
-  Tile<ROWS> tiles[CHAINS] = {};
-  const int64_t whole = depth - depth % CHAINS;
-  if constexpr (CHAINS == 1) {
-    tiles[0].add(x, x_stride, panel, panel_stride, depth);
-  } else {
-    for (int64_t k = 0; k < whole; k += CHAINS)
 #pragma GCC unroll 4
-      for (int c = 0; c < CHAINS; ++c)
-        tiles[c].add(x + k + c, x_stride, panel + (k + c) * panel_stride, panel_stride, 1);
-    tiles[0].add(x + whole, x_stride, panel + whole * panel_stride, panel_stride, depth - whole);
-  }
+  for (int p = 0; p < PANELS; ++p)
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
-    V low = tiles[0].low[r], high = tiles[0].high[r];
-#pragma GCC unroll 4
-    for (int c = 1; c < CHAINS; ++c) {
-      low += tiles[c].low[r];
-      high += tiles[c].high[r];
+    for (int r = 0; r < ROWS; ++r) {
+      float *to = y + r * y_stride + p * PANEL;
+      store<LANES>(to, add ? load<LANES>(to) + low[p][r] : low[p][r]);
+      store<LANES>(to + LANES, add ? load<LANES>(to + LANES) + high[p][r] : high[p][r]);
     }
-    float *to = y + r * y_stride;
-    store<LANES>(to, add ? load<LANES>(to) + low : low);
-    store<LANES>(to + LANES, add ? load<LANES>(to + LANES) + high : high);
-  }
 }
 
 template <class W>
-using Multiply = void (*)(const float *, int64_t, const W *, int64_t, int64_t, float *, int64_t, bool);
+using Multiply = void (*)(const float *, int64_t, const W *, int64_t, int64_t, int64_t, float *, int64_t, bool);
 
 template <class W, int... ROWS> inline Multiply<W> multiply_of(int64_t rows, std::integer_sequence<int, ROWS...>) {
-  static constexpr Multiply<W> of_height[] = {multiply<ROWS + 1, W>...};
+  static constexpr Multiply<W> of_height[] = {multiply<ROWS + 1, 1, W>...};
   return of_height[rows - 1];
 }
 
@@ -88,7 +67,7 @@ inline void product(const float *x, int64_t x_stride, int64_t rows, const W *pan
   for (int64_t first = 0; first < rows; --tiles) {
     const int64_t height = (rows - first + tiles - 1) / tiles;
     const auto of_height = multiply_of<W>(height, std::make_integer_sequence<int, TILE_ROWS>());
-    of_height(x + first * x_stride, x_stride, panel, panel_stride, depth, y + first * y_stride, y_stride, add);
+    of_height(x + first * x_stride, x_stride, panel, panel_stride, 0, depth, y + first * y_stride, y_stride, add);
     first += height;
   }
 }
@@ -121,6 +100,34 @@ void edge_product(const float *x, const W *panel, float *y, int64_t rows, int64_
   }
 }
 
+constexpr int64_t FEW_ROWS = 3;  // more keep enough sums of one panel under way
+
+// ``count`` whole panels side by side, for at most FEW_ROWS rows.
+template <class W>
+void few_rows(const float *x, const W *panels, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t count) {
+  const auto wide = rows == 1 ? multiply<1, 4, W> : rows == 2 ? multiply<2, 2, W> : multiply<3, 2, W>;
+  const int64_t step = rows == 1 ? 4 : 2, panel = inputs * PANEL;
+  int64_t p = 0;
+  for (; p + step <= count; p += step)
+    wide(x, inputs, panels + p * panel, PANEL, panel, inputs, y + p * PANEL, outputs, false);
+  for (; p < count; ++p) product(x, inputs, rows, panels + p * panel, PANEL, inputs, y + p * PANEL, outputs, false);
+}
+
+// One thread's panels [begin, end) of the product below, for rows that stay in the second-level cache.
+template <class W>
+void some_panels(const float *x, const W *panels, float *y, int64_t rows, int64_t inputs, int64_t outputs,
+                 int64_t begin, int64_t end) {
+  const int64_t whole = std::max(begin, std::min(end, outputs / PANEL)), panel = inputs * PANEL;
+  if (rows <= FEW_ROWS) {
+    few_rows(x, panels + begin * panel, y + begin * PANEL, rows, inputs, outputs, whole - begin);
+  } else {
+    for (int64_t p = begin; p < whole; ++p)
+      product(x, inputs, rows, panels + p * panel, PANEL, inputs, y + p * PANEL, outputs, false);
+  }
+  for (int64_t p = whole; p < end; ++p)
+    edge_product(x, panels + p * panel, y + p * PANEL, rows, inputs, outputs, outputs - p * PANEL);
+}
+
 // y [rows, outputs] = x [rows, inputs] W^T + bias. Rows are blocked so that they stay in the second-level cache while
 // every panel passes by; a panel stays in the first while every row of the block meets it.
 template <class W>
@@ -128,24 +135,18 @@ void linear(const float *x, const W *panels, const float *bias, float *y, int64_
             int64_t outputs, int threads) {
   constexpr int64_t BLOCK_BYTES = 192 << 10;
   const int64_t fitting = std::max<int64_t>(BLOCK_BYTES / (4 * inputs) / TILE_ROWS, 1) * TILE_ROWS;
-#pragma omp parallel num_threads(threads)
-  for (int64_t first = 0, blocks = (rows + fitting - 1) / fitting; first < rows; --blocks) {
-    const int64_t height = (rows - first + blocks - 1) / blocks;
-#pragma omp for schedule(static) nowait
-    for (int64_t p = 0; p < panels_of(outputs); ++p) {
-      const float *from = x + first * inputs;
-      const W *panel = panels + p * inputs * PANEL;
-      float *to = y + first * outputs + p * PANEL;
-      const int64_t columns = std::min<int64_t>(PANEL, outputs - p * PANEL);
-      if (columns == PANEL)
-        product(from, inputs, height, panel, PANEL, inputs, to, outputs, false);
-      else
-        edge_product(from, panel, to, height, inputs, outputs, columns);
-      if (bias == nullptr) continue;
-      for (int64_t r = 0; r < height; ++r)
-        for (int64_t c = 0; c < columns; ++c) to[r * outputs + c] += bias[p * PANEL + c];
+  const int64_t all = panels_of(outputs);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int thread = 0; thread < threads; ++thread) {
+    const int64_t begin = all * thread / threads, end = all * (thread + 1) / threads;
+    for (int64_t first = 0, blocks = (rows + fitting - 1) / fitting; first < rows; --blocks) {
+      const int64_t height = (rows - first + blocks - 1) / blocks;
+      some_panels(x + first * inputs, panels, y + first * outputs, height, inputs, outputs, begin, end);
+      first += height;
     }
-    first += height;
+    if (bias == nullptr) continue;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = begin * PANEL; c < std::min(end * PANEL, outputs); ++c) y[r * outputs + c] += bias[c];
   }
 }
 

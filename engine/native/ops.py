@@ -31,6 +31,7 @@ class NativePlan:
     numbers: array[int]
     address: int  # of numbers
     spans: int
+    decodes: int  # the first of them
     page_tokens: int
     written: Tensor  # [rows] where in the cache each row's own KV goes
     written_address: int
@@ -130,7 +131,7 @@ class NativeOps:
         address, _ = numbers.buffer_info()
         written = torch.empty(first, dtype=torch.int64)
         self._library.slots(address, spans, page_tokens, written.data_ptr())
-        return NativePlan(numbers, address, spans, page_tokens, written, written.data_ptr())
+        return NativePlan(numbers, address, spans, len(decodes), page_tokens, written, written.data_ptr())
 
     def attend(self, plan: NativePlan, qkv: Tensor, layer: Tensor, window: int | None) -> Tensor:
         rows, all_heads, head_dim = qkv.shape
@@ -141,6 +142,7 @@ class NativeOps:
         call(
             plan.address,
             plan.spans,
+            plan.decodes,
             plan.page_tokens,
             qkv.data_ptr(),
             layer.data_ptr(),
