@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -19,9 +20,10 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-COMPILERS = ("g++", "c++", "clang++")
+COMPILERS = ("g++", "c++")
 CACHE = Path("~/.cache/baton/native")
 TIMEOUT_S = 120.0  # a compilation takes seconds on a core of its own; a busy, small machine gets thirty times as long
+LOCK_S = 3 * TIMEOUT_S  # whoever holds the lock compiles, links and moves
 POLL_S = 0.1
 
 
@@ -45,15 +47,17 @@ def library(
     compiler = next((found for name in compilers if (found := shutil.which(name))), None)
     if compiler is None:
         raise BuildError("no C++ compiler; install one, such as g++ (apt install g++)")
-    folder = cache.expanduser()
-    target = folder / f"{source.stem}-{_fingerprint(source, compiler, flags, link)}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / "lock"):
+        folder = cache.expanduser()
+        target = folder / f"{source.stem}-{_fingerprint(source, compiler, flags, link)}.so"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if target.exists():
+            return target
+        with _alone(target.with_suffix(".lock")):
             if not target.exists():
                 _compile(compiler, source, flags, link, target)
-    except OSError as error:
-        raise BuildError(f"cannot write {folder}: {error}") from None
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
+        raise BuildError(f"cannot build in {cache}: {error}") from None
     return target
 
 
@@ -63,7 +67,10 @@ def _compile(compiler: str, source: Path, flags: tuple[str, ...], link: tuple[st
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         compiled, linked = Path(scratch) / "part.o", Path(scratch) / "whole.so"
         _run([compiler, *flags, "-fPIC", "-c", str(source), "-o", str(compiled)])
-        _run([compiler, "-shared", str(compiled), *link, "-o", str(linked)])
+        # Names that nothing defines are found here, not by whoever loads the library.
+        _run([compiler, "-shared", "-Wl,-z,defs", str(compiled), *link, "-lm", "-o", str(linked)])
+        with linked.open("rb") as written:
+            os.fsync(written.fileno())  # a name must not outlive a power cut that its content did not
         linked.replace(target)
     log.info("compiled %s in %.1f s: %s", source.name, time.monotonic() - started_s, target)
 
@@ -99,7 +106,7 @@ def _cpu() -> str:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Holds the lock at ``path``; the system frees it when a process dies. Raises :class:`BuildError` after a while."""
-    deadline_s = time.monotonic() + 2 * TIMEOUT_S
+    deadline_s = time.monotonic() + LOCK_S
     with path.open("w") as file:
         while True:
             try:
@@ -107,6 +114,6 @@ def _alone(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline_s:
-                    raise BuildError(f"another process has held {path} for {2 * TIMEOUT_S:.0f} s") from None
+                    raise BuildError(f"another process has held {path} for {LOCK_S:.0f} s") from None
                 time.sleep(POLL_S)
         yield

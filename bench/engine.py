@@ -72,7 +72,7 @@ def read_bandwidth(device: torch.device) -> float:
     def read() -> None:
         block.sum().item()
 
-    return block.numel() * 4 / min(seconds(read) for _ in range(2 * REPEATS))
+    return block.numel() * 4 / median_s(read, 3 * REPEATS)
 
 
 def copy_bandwidth(device: torch.device) -> float:

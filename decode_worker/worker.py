@@ -20,7 +20,7 @@ from typing import TypeVar, assert_never
 from torch import Tensor
 
 from baton.config import EXACT_CODECS, Config
-from baton.errors import BatonError, DeadlineExceeded, Unavailable
+from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
 from baton.messages import Cancel, Decode, Granted, Hello, Load, Report, Reserve, Tokens
 from baton.plane import PlaneServer, answer, failure
@@ -28,7 +28,7 @@ from baton.request import TokenEvent, Work
 from baton.tasks import Jobs
 from decode_worker.admission import Admission
 from engine.build import build_engine
-from engine.engine import Engine
+from engine.engine import BROKEN, Engine
 from engine.loop import EngineLoop
 from engine.model import Model
 from engine.ranks import Ranks
@@ -177,7 +177,7 @@ class DecodeWorker:
         """The receiver first: pages may only be freed when no landing thread can write them any more."""
         await self._receiver.release(work.request_id)
         with contextlib.suppress(Unavailable):  # a broken engine holds nothing that outlives the process
-            await self._on_engine(lambda engine: engine.release(work.request_id))
+            await asyncio.wrap_future(self._loop.call(lambda engine: engine.release(work.request_id), bounded=False))
         self._jobs.pop(work.request_id, None)
         self._admission.freed()
 
@@ -232,6 +232,10 @@ class DecodeWorker:
         for event in events:
             job = self._jobs.get(event.request_id)
             if job is None:
+                continue
+            if event.finish == BROKEN:
+                if not job.finished.done():
+                    job.finished.set_exception(Internal(f"{self.worker_id} computed no finite logits"))
                 continue
             frames[job.link].append(event)
             if event.finish and not job.finished.done():

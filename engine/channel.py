@@ -79,7 +79,10 @@ class Channel:
             self._socket.send((MORE if start + MESSAGE_BYTES < len(body) else LAST) + piece)
 
     def receive(self, timeout_s: float) -> object | None:
-        """The next record, or None when the peer has closed its end or died. Raises TimeoutError when nothing comes."""
+        """The next record, or None when the peer has closed its end or died. Raises TimeoutError when nothing comes.
+
+        A record that has begun is waited for: its pieces would be lost with a timeout between them.
+        """
         deadline_s, body = time.monotonic() + timeout_s, bytearray()
         while True:
             self._socket.settimeout(max(deadline_s - time.monotonic(), 1e-3))
@@ -90,6 +93,7 @@ class Channel:
             if size == 0:
                 return None
             body += memoryview(self._buffer)[1:size]
+            deadline_s = time.monotonic() + SEND_TIMEOUT_S
             if len(body) > MAX_RECORD_BYTES:
                 raise ProtocolError(f"{self._peer} sent more than {MAX_RECORD_BYTES} bytes in one record")
             if self._buffer[:1] == LAST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from baton.errors import InvalidRequest, NotFound
+from baton.errors import InvalidRequest, NotFound, ProtocolError
 from baton.request import Sampling, TokenEvent, Work
 from engine.active import Active
 from engine.attention import Span
@@ -19,13 +20,15 @@ from engine.pace import Pace
 from engine.pages import PagePool
 from engine.ranks import Ranks
 from engine.runner import Runner, Step
-from engine.sampler import Choice, Row, sample
+from engine.sampler import NO_TOKEN, Choice, Row, sample
 from engine.scheduler import Scheduler
 from engine.sequence import Job, Slice, Timing
 from engine.shared_cache import SharedKVCache
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
+BROKEN = "broken"  # ``finish`` of an event without a token: see :data:`engine.sampler.NO_TOKEN`
 REMEMBERED_TIMINGS = 1024  # of released sequences; their owner asks right after the last token
 
 
@@ -136,6 +139,8 @@ class Engine:
         if first.finish:
             self.release(request_id)
             return
+        if not 0 <= first.token < self._model.spec.vocab_size:
+            raise ProtocolError(f"first token {first.token} is not one of {self._model.spec.vocab_size}")
         self._scheduler.start(request_id, exact=exact)
         self._append(active, first.token)
 
@@ -150,7 +155,10 @@ class Engine:
         return self._scheduler.release(request_id)
 
     def step(self) -> list[TokenEvent]:
-        """Computes one step and returns its new tokens. Empty also when sequences wait for pages that others hold."""
+        """Computes one step and returns its new tokens. Empty also when sequences wait for pages that others hold.
+
+        A sequence whose logits are not finite is released, and its event has :data:`BROKEN` for its ``finish``.
+        """
         started_s = time.monotonic()
         if self._pace is not None:
             self._scheduler.mixed_tokens = self._pace.mixed_tokens(self._scheduler.step_tokens)
@@ -277,6 +285,10 @@ class Engine:
 
     def _emit(self, part: Slice, choice: Choice) -> TokenEvent:
         active = self._active[part.request_id]
+        if choice.token == NO_TOKEN:
+            log.error("%s: the logits are not finite", part.request_id)
+            self.release(part.request_id)
+            return TokenEvent(part.request_id, active.outputs, NO_TOKEN, finish=BROKEN)
         self._append(active, choice.token)
         finish = active.finish()
         if finish is not None and not part.prefill_only:

@@ -35,7 +35,7 @@ class EngineLoop:
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self._engine, self._on_events, self._on_failure = engine, on_events, on_failure
-        self._calls: queue.Queue[Callable[[], None]] = queue.Queue(MAX_CALLS)
+        self._calls: queue.Queue[Callable[[], None]] = queue.Queue()
         self._gate = threading.Lock()  # between "is it still open" and "put a call in"
         self._open = True
         self._stopping = threading.Event()
@@ -44,8 +44,11 @@ class EngineLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def call(self, fn: Callable[[Engine], T]) -> Future[T]:
-        """``fn(engine)`` between two steps. The future raises what ``fn`` raises; Unavailable once the loop ended."""
+    def call(self, fn: Callable[[Engine], T], *, bounded: bool = True) -> Future[T]:
+        """``fn(engine)`` between two steps. The future raises what ``fn`` raises; Unavailable once the loop ended.
+
+        bounded: Overloaded when too many wait. A release, of which there is one a sequence, must never be refused.
+        """
         future: Future[T] = Future()
 
         def run() -> None:
@@ -63,16 +66,16 @@ class EngineLoop:
             if not self._open:
                 run()
                 return future
-            try:
-                self._calls.put_nowait(run)
-            except queue.Full:
+            if bounded and self._calls.qsize() >= MAX_CALLS:
                 future.set_exception(Overloaded("too many calls wait for the engine", retry_after_ms=100))
+            else:
+                self._calls.put(run)
         return future
 
     def stop(self, timeout_s: float) -> bool:
         """Ends the thread after its current step; True when it has ended. Calls that still wait become Unavailable."""
         self._stopping.set()
-        self.call(lambda engine: None)  # wakes it
+        self.call(lambda engine: None, bounded=False)  # wakes it
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()

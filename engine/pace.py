@@ -18,6 +18,7 @@ from statistics import median
 STRETCH = 1.8  # of twice, which is promised; the rest is for noise
 BLOCK_TOKENS = 16  # rows that matrix kernels compute at one go: a part of that costs as much
 RETRY_STEPS = 256
+REFRESH_STEPS = 64  # mixed steps in a row after which one without prompts is asked for: contexts and batches change
 REMEMBERED = 9  # decode steps; their median ignores a hiccup and follows growing contexts
 
 
@@ -27,20 +28,27 @@ class Pace:
     def __init__(self, gap_s: float = 0.0) -> None:
         self._gap_s = gap_s
         self._decode_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._mixed_steps = 0  # since the last one without prompts
         self._share = BLOCK_TOKENS
         self._failed: int | None = None  # tokens that took too long
         self._steps_since = 0
 
     def mixed_tokens(self, most: int) -> int:
-        """Prompt tokens for a step that also decodes: at least one block, at most ``most`` tokens."""
-        return min(self._share, most)
+        """Prompt tokens for a step that also decodes: at least one block, at most ``most`` tokens.
+
+        None where a step without prompts must first show what decodes alone take: under a backlog it would never come.
+        """
+        return min(self._share, most) if self._decode_s and self._mixed_steps < REFRESH_STEPS else 0
 
     def observe(self, decodes: int, prompt_tokens: int, step_s: float) -> None:
         """A step that took ``step_s`` seconds gave one token to each of ``decodes`` streams and computed
         ``prompt_tokens`` tokens of prompts."""
         if not prompt_tokens:
             self._decode_s.append(step_s)
-        elif decodes and self._decode_s:
+            self._mixed_steps = 0
+            return
+        self._mixed_steps += decodes > 0
+        if decodes and self._decode_s:
             self._learn(prompt_tokens, step_s, median(self._decode_s))
 
     def _learn(self, prompt_tokens: int, step_s: float, decode_s: float) -> None:

@@ -210,7 +210,7 @@ def _start(task: Task, descriptor: int) -> _Rank:
     with theirs:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         process = subprocess.Popen(
-            [sys.executable, "-m", "engine.rank_process", str(theirs.fileno()), str(descriptor)],
+            [sys.executable, "-P", "-m", "engine.rank_process", str(theirs.fileno()), str(descriptor)],
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), descriptor),
             env={**os.environ, "PYTHONPATH": path},

@@ -15,6 +15,7 @@ from torch import Tensor
 from baton.request import Logprob, Sampling
 
 TOP_P_CANDIDATES = 512  # the likeliest tokens usually hold top_p of the mass; sorting all of them is 20 times dearer
+NO_TOKEN = -1  # of logits that are not finite: the model's weights or the KV it read are broken
 _MASK64 = (1 << 64) - 1
 
 
@@ -59,13 +60,14 @@ class Choice:
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
-    """One choice per row. logits: [rows, vocab], any float dtype; not changed."""
+    """One choice per row; :data:`NO_TOKEN` where there is none. logits: [rows, vocab], any float dtype; not changed."""
     raw = logits.float()
     adjusted = _adjust(raw, rows)
     tokens = _choose_on_gpu(adjusted, rows) if adjusted.is_cuda else _choose(adjusted, rows)
+    tokens = tokens.masked_fill(~adjusted.amax(dim=-1).isfinite(), NO_TOKEN)  # a NaN is its row's maximum
     choices: list[Choice] = [Choice(token) for token in tokens.tolist()]
     for index, row in enumerate(rows):
-        if row.sampling.logprobs:
+        if row.sampling.logprobs and choices[index].token != NO_TOKEN:
             choices[index] = _with_logprobs(raw[index], choices[index].token, row.sampling.top_logprobs)
     return choices
 
@@ -120,6 +122,7 @@ def _adjust(raw: Tensor, rows: Sequence[Row]) -> Tensor:
         for index, row in enumerate(rows)
         if row.index < row.sampling.min_tokens
         for token in (*row.sampling.eos_token_ids, *row.sampling.stop_token_ids)
+        if 0 <= token < raw.shape[1]  # a tokenizer may name end tokens that the model has not
     ]
     if not penalised and not masked:
         return raw

@@ -15,6 +15,7 @@ that waits takes the place and the pages of running ones whose priority is lower
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 
@@ -31,8 +32,8 @@ class Scheduler:
     """Owns the sequences and their pages. One thread.
 
     ``mixed_tokens`` bounds the prompt tokens of a step that also decodes (None: only ``step_tokens`` does). It may be
-    changed between steps. Smaller keeps the gap between two tokens of a stream near that of a step without prompts;
-    larger gets prompts done in fewer steps, each of which costs the fixed part of a step again.
+    changed between steps, and be 0 for some. Smaller keeps the gap between two tokens of a stream near that of a step
+    without prompts; larger gets prompts done in fewer steps, each of which costs the fixed part of a step again.
     """
 
     def __init__(
@@ -219,15 +220,11 @@ class Scheduler:
 
     def _victims(self, job: Job, enough: Callable[[list[Sequence]], bool]) -> list[Sequence] | None:
         """The fewest running sequences of lower priority than ``job``, lowest rank first, that are ``enough``."""
-        victims = []
-        for sequence in reversed(self._running):
-            if sequence.job.priority >= job.priority:
-                break
-            if sequence.preemptible:
-                victims.append(sequence)
-                if enough(victims):
-                    return victims
-        return None
+        lower = [s for s in reversed(self._running) if s.job.priority < job.priority and s.preemptible]
+        if not lower or not enough(lower):
+            return None
+        fewest = bisect_left(range(1, len(lower)), True, key=lambda count: enough(lower[:count])) + 1
+        return lower[:fewest]
 
     def _enters(self, sequence: Sequence, victims: list[Sequence] | None = None) -> bool:
         """Whether there is a place, and pages, were ``victims`` gone."""

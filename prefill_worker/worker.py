@@ -17,14 +17,14 @@ from typing import TypeVar, assert_never
 from torch import Tensor
 
 from baton.config import Config
-from baton.errors import BatonError, DeadlineExceeded, Unavailable
+from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
 from baton.messages import Cancel, Failed, Handed, Hello, Load, Prefill, Report, Tokens
 from baton.plane import PlaneServer, answer, failure
 from baton.request import TokenEvent, Work
 from baton.tasks import Jobs
 from engine.build import build_engine
-from engine.engine import Chunk, Engine
+from engine.engine import BROKEN, Chunk, Engine
 from engine.loop import EngineLoop
 from engine.model import Model
 from engine.ranks import Ranks
@@ -129,6 +129,8 @@ class PrefillWorker:
         try:
             await self._on_engine(lambda engine: engine.add(work, prefill_only=True))
             report, first = await job.first
+            if first.finish == BROKEN:
+                raise Internal(f"{self.worker_id} computed no finite logits")
             answer(link, report)
             answer(link, Tokens((first,)))
             if first.finish:
@@ -148,8 +150,8 @@ class PrefillWorker:
                     assert_never(never)
         finally:
             job.outgoing.abort("the prefill worker gave the request up")
+            self._jobs.pop(work.request_id, None)  # before any wait: a second cancellation would end it
             await asyncio.shield(self._release(work))
-            self._jobs.pop(work.request_id, None)
 
     def _open(self, message: Prefill) -> _Job:
         request_id = message.work.request_id
@@ -166,7 +168,7 @@ class PrefillWorker:
 
     async def _release(self, work: Work) -> None:
         with contextlib.suppress(Unavailable):  # a broken engine holds nothing that outlives the process
-            await self._on_engine(lambda engine: engine.release(work.request_id))
+            await asyncio.wrap_future(self._loop.call(lambda engine: engine.release(work.request_id), bounded=False))
 
     def _on_engine(self, act: Callable[[Engine], T]) -> asyncio.Future[T]:
         """``act`` between two steps of the engine, awaitable here."""

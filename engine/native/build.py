@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
 from baton import native
 from baton.native import BuildError
+
+log = logging.getLogger(__name__)
 
 __all__ = ["BuildError", "library"]
 
@@ -19,6 +22,10 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 def library(cache: Path = native.CACHE, compilers: tuple[str, ...] = native.COMPILERS) -> Path:
     """The compiled kernels in ``cache``, built now if need be. Raises :class:`BuildError`."""
     openmp = _torch_openmp()
+    if openmp is None and torch.get_num_threads() > 1:
+        log.warning(
+            "torch brought no libgomp along: the CPU kernels run on one thread each, not %d", torch.get_num_threads()
+        )
     threads = () if openmp is None else ("-fopenmp",)
     # Linked without -fopenmp, which would add the system's runtime: threads belong to torch's, or there are none.
     runtime = () if openmp is None else (str(openmp), f"-Wl,-rpath,{openmp.parent}")

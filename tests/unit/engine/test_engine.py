@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
-from baton.errors import InvalidRequest, NotFound, Overloaded
+from baton.errors import InvalidRequest, NotFound, Overloaded, ProtocolError
 from baton.request import Sampling, TokenEvent
-from engine.engine import REMEMBERED_TIMINGS, Chunk, Engine
+from engine.build import load_model
+from engine.engine import BROKEN, REMEMBERED_TIMINGS, Chunk, Engine
 from engine.model import Model
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.unit.engine.conftest import Harness
 
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
@@ -294,3 +298,35 @@ def test_timing_is_kept_for_a_while_after_release(tiny: Model, harness: Harness)
         engine.release(f"b{index}")
     with pytest.raises(NotFound):
         engine.timing("a")
+
+
+def test_logits_that_are_not_finite_end_their_sequence_and_no_other(tiny_folder: Path, harness: Harness) -> None:
+    model = load_model(tiny_folder, "float32", 1)
+    model.embedding[7] = torch.nan
+    engine = harness.engine(model, prefix_cache=False)
+    for name, prompt in (("good", [5, 6, 9]), ("bad", [5, 7, 9]), ("drawn", [7])):
+        warm = Sampling(temperature=0.8, seed=1, max_tokens=4, logprobs=True, eos_token_ids=())
+        engine.add(harness.work(name, prompt, warm))
+    events = harness.run(engine)
+    assert [len(events[name]) for name in ("good", "bad", "drawn")] == [4, 1, 1]
+    assert (events["bad"][0].finish, events["drawn"][0].finish) == (BROKEN, BROKEN)
+    assert engine.load().pages_used == 0
+
+
+def test_a_first_token_outside_the_vocabulary_is_refused(tiny: Model, harness: Harness) -> None:
+    engine = harness.engine(tiny)
+    engine.reserve(harness.work("a", [5, 6]))
+    for token in (-1, tiny.spec.vocab_size):
+        with pytest.raises(ProtocolError, match="first token"):
+            engine.start("a", TokenEvent("a", 0, token))
+    engine.release("a")
+
+
+def test_an_end_token_that_the_model_has_not_changes_nothing(tiny: Model, harness: Harness) -> None:
+    engine = harness.engine(tiny)
+    for name, ends in (("a", (-1, 99_999)), ("b", ())):
+        engine.add(
+            harness.work(name, [5, 6], Sampling(temperature=0.0, max_tokens=4, min_tokens=2, eos_token_ids=ends))
+        )
+    events = harness.run(engine)
+    assert [event.token for event in events["a"]] == [event.token for event in events["b"]]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.pace import RETRY_STEPS, Pace
+from engine.pace import REFRESH_STEPS, RETRY_STEPS, Pace
 
 
 def served(cost_s: Callable[[int], float], steps: int, most: int = 512, gap_s: float = 0.0) -> list[int]:
@@ -68,7 +68,8 @@ def test_prompts_go_on_where_even_one_block_takes_too_long() -> None:
 
 def test_a_hiccup_of_decode_steps_and_the_rest_of_a_prompt_change_nothing() -> None:
     pace = Pace()
-    pace.observe(8, 16, 9.0)  # nobody knows yet what a decode step takes
+    assert pace.mixed_tokens(512) == 0  # nobody knows yet what a decode step takes
+    pace.observe(8, 16, 9.0)
     for seconds in (1.0, 1.0, 9.0):
         pace.observe(8, 0, seconds)
     pace.observe(8, 3, 1.1)
@@ -76,3 +77,9 @@ def test_a_hiccup_of_decode_steps_and_the_rest_of_a_prompt_change_nothing() -> N
     assert pace.mixed_tokens(512) == 16
     pace.observe(8, 16, 1.3)
     assert (pace.mixed_tokens(512), pace.mixed_tokens(20)) == (32, 20)
+
+
+def test_under_a_backlog_decodes_alone_are_timed_now_and_then() -> None:
+    shares = served(lambda tokens: 1.0 + tokens * 0.01, 4 * REFRESH_STEPS)
+    idle = [index for index, share in enumerate(shares) if share == 0]
+    assert idle == [REFRESH_STEPS, 2 * REFRESH_STEPS + 1, 3 * REFRESH_STEPS + 2]
