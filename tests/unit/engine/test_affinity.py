@@ -73,3 +73,23 @@ print(second)
     assert done.stdout.split() == ["True", "None"]
     assert "pinned to cores" in done.stderr
     assert "not pinned: fewer than 1" in done.stderr
+
+
+def test_a_folder_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(PermissionError, match="only this user"):
+        affinity.claim(1, (0,), tmp_path / "open")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(PermissionError, match="only this user"):
+        affinity.claim(1, (0,), tmp_path / "link")
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "claims"
+    folder.mkdir(mode=0o700)
+    (tmp_path / "precious").write_text("kept", encoding="utf-8")
+    (folder / "all").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        affinity.claim(1, (0,), folder)
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "kept"
