@@ -224,7 +224,7 @@ def prefix(threads: Threads = 1) -> None:
 
 
 @app.command()
-def chunked(threads: Threads = 1) -> None:
+def chunked(threads: Threads = 1, passes: int = 3) -> None:
     """Token gaps of eight decodes while a long prompt arrives: none, chunked as configured, unchunked."""
     model, _ = small_model(threads)
     settings = {
@@ -234,7 +234,7 @@ def chunked(threads: Threads = 1) -> None:
     }
     rows: dict[str, dict[str, float]] = {}
     for name, (config, length) in settings.items():
-        passes = [_gaps(model, config, length) for _ in range(3)]
+        passes = [_gaps(model, config, length) for _ in range(passes)]
         rows[name] = {key: statistics.median(run[key] for run in passes) for key in passes[0]}
     for row in rows.values():
         row["over_no_prompt"] = row["p99_ms"] / rows["no prompt"]["p99_ms"]
