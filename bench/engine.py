@@ -234,8 +234,8 @@ def chunked(threads: Threads = 1, passes: int = 3) -> None:
     }
     rows: dict[str, dict[str, float]] = {}
     for name, (config, length) in settings.items():
-        passes = [_gaps(model, config, length) for _ in range(passes)]
-        rows[name] = {key: statistics.median(run[key] for run in passes) for key in passes[0]}
+        runs = [_gaps(model, config, length) for _ in range(passes)]
+        rows[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     for row in rows.values():
         row["over_no_prompt"] = row["p99_ms"] / rows["no prompt"]["p99_ms"]
     _print(rows)
