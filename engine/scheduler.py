@@ -144,6 +144,10 @@ class Scheduler:
         self.holdings.leave(sequence)
         return True
 
+    def distrust(self) -> None:
+        """Some KV is broken and nobody knows since when: what is in the pages now serves no sequence but its own."""
+        self.holdings.distrust(self._sequences.values())
+
     def timing(self, request_id: str) -> Timing:
         sequence = self._get(request_id)
         return Timing(sequence.added_s, sequence.scheduled_s, sequence.first_token_s)
@@ -266,8 +270,12 @@ class Scheduler:
         return True
 
     def _prefills(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Begun and new sequences by rank while tokens, places and pages last. No new one overtakes the first."""
-        chosen = []
+        """Begun and new sequences by rank while tokens, places and pages last. No new one overtakes the first.
+
+        One that was preempted may find all but its newest token in the cache. It is a decode then: the prompts beside it
+        get no more than beside any other, and where they have more already, it waits for the next step.
+        """
+        chosen, prompts = [], 0
         begun = [s for s in reversed(self._running) if not s.decodes]
         while budget > 0:
             head = self._waiting[0] if self._waiting and self._enters(self._waiting[0]) else None
@@ -280,7 +288,12 @@ class Scheduler:
                 self._run(sequence)
             else:
                 break
+            if sequence.decodes:
+                if prompts <= self.mixed_tokens:
+                    chosen.append((sequence, 1))
+                    budget = min(budget - 1, self.mixed_tokens - prompts)
+                continue
             count = min(budget, sequence.known - sequence.computed)
             chosen.append((sequence, count))
-            budget -= count
+            budget, prompts = budget - count, prompts + count
         return chosen
