@@ -288,6 +288,7 @@ class Engine:
         if choice.token == NO_TOKEN:
             log.error("%s: the logits are not finite", part.request_id)
             self.release(part.request_id)
+            self._scheduler.distrust()
             return TokenEvent(part.request_id, active.outputs, NO_TOKEN, finish=BROKEN)
         self._append(active, choice.token)
         finish = active.finish()

@@ -86,6 +86,12 @@ class Holdings:
         sequence.pages, sequence.computed, sequence.published = [], 0, 0
         sequence.cached, sequence.copy, sequence.publishes = 0, None, True
 
+    def distrust(self, sequences: Collection[Sequence]) -> None:
+        """Empties the cache, and keeps what ``sequences`` (all there are) have computed so far out of it."""
+        self.cache.clear()
+        for sequence in sequences:
+            sequence.published, sequence.publishes = 0, False
+
     def check_integrity(self, sequences: Collection[Sequence]) -> None:
         """Raises :class:`engine.pages.PageIntegrityError` unless sequences and cache explain every page."""
         self.pool.check_integrity(sequence.pages for sequence in sequences)

@@ -97,6 +97,12 @@ class PagePool:
                 else:
                     self._free.append(page)
 
+    def keep_none(self) -> None:
+        """Nobody wants any page's content any longer: idle pages are free, those in use are when they are dropped."""
+        self._kept.clear()
+        self._free += self._idle
+        self._idle.clear()
+
     def idle_among(self, pages: Iterable[int]) -> int:
         """How many of ``pages`` are idle: sharing these takes from what is free."""
         return sum(page in self._idle for page in pages)

@@ -71,6 +71,12 @@ class PrefixCache:
         self._pages[key] = page
         self._entries[page] = _Entry(key, parent)
 
+    def clear(self) -> None:
+        """Nothing is cached any more."""
+        self._pages.clear()
+        self._entries.clear()
+        self._pool.keep_none()
+
     def check_integrity(self, paths: Iterable[tuple[Sequence[Key], Sequence[int]]]) -> None:
         """Raises :class:`PageIntegrityError` unless the tree is whole.
 

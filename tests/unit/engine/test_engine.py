@@ -313,6 +313,24 @@ def test_logits_that_are_not_finite_end_their_sequence_and_no_other(tiny_folder:
     assert engine.load().pages_used == 0
 
 
+def test_broken_kv_does_not_stay_in_the_prefix_cache(tiny: Model, harness: Harness) -> None:
+    engine = harness.engine(tiny)
+    prompt, other = harness.prompt(20), harness.prompt(9, 3)
+    engine.add(harness.work("before", prompt))
+    expected = harness.tokens(harness.run(engine)["before"])
+    assert engine.load().pages_cached > 0
+    for layer in engine.cache.layers:
+        layer.fill_(torch.nan)
+    for name, tokens in (("broken", prompt), ("other", other)):
+        engine.add(harness.work(name, tokens))
+    events = harness.run(engine)
+    assert [event.finish for event in events["broken"]] == [BROKEN]
+    assert harness.tokens(events["other"]) == harness.alone(tiny, harness.work("other", other))
+    assert engine.load().pages_cached == 0
+    engine.add(harness.work("after", prompt))
+    assert harness.tokens(harness.run(engine)["after"]) == expected
+
+
 def test_a_first_token_outside_the_vocabulary_is_refused(tiny: Model, harness: Harness) -> None:
     engine = harness.engine(tiny)
     engine.reserve(harness.work("a", [5, 6]))
