@@ -6,7 +6,7 @@ canonical order, K before V, then heads, then tokens. Where a token's KV lies is
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -96,32 +96,19 @@ class Int8Blocks:
 
     def pack(self, layer: Tensor, slots: Tensor, block: Tensor) -> None:
         scales, levels = self._parts(block, layer, slots)
-        tokens, heads, head_dim = slots.shape[0], layer.shape[1], layer.shape[2]
-        group = group_of(head_dim)
-        if tokens:
-            _pack_int8[(triton.cdiv(tokens, TOKENS_BLOCK), heads, head_dim // group)](
-                layer,
-                slots,
-                scales,
-                levels,
-                tokens,
-                heads,
-                group,
-                TOKENS=TOKENS_BLOCK,
-                GROUP_BLOCK=triton.next_power_of_2(group),
-                num_warps=WARPS,
-            )
+        self._launch(_pack_int8, (layer, slots, scales, levels), layer, slots)
 
     def unpack(self, block: Tensor, layer: Tensor, slots: Tensor) -> None:
         scales, levels = self._parts(block, layer, slots)
+        self._launch(_unpack_int8, (scales, levels, layer, slots), layer, slots)
+
+    def _launch(self, kernel: Any, operands: tuple[Tensor, ...], layer: Tensor, slots: Tensor) -> None:
+        """One program for each block of tokens, head and group."""
         tokens, heads, head_dim = slots.shape[0], layer.shape[1], layer.shape[2]
         group = group_of(head_dim)
         if tokens:
-            _unpack_int8[(triton.cdiv(tokens, TOKENS_BLOCK), heads, head_dim // group)](
-                scales,
-                levels,
-                layer,
-                slots,
+            kernel[(triton.cdiv(tokens, TOKENS_BLOCK), heads, head_dim // group)](
+                *operands,
                 tokens,
                 heads,
                 group,
