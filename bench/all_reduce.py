@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench import report
 from engine.shared_reduce import SharedReduce, create_shared, map_shared, shared_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,8 +117,10 @@ def main() -> None:
         _rank(shared, gloo, [int(size) for size in sizes.split(",")], int(hidden), int(rounds))
         return
     print("kind    ranks  rows  p50 us  p95 us")
-    for one in measure(ranks=options.ranks, rounds=options.rounds):
+    figures = measure(ranks=options.ranks, rounds=options.rounds)
+    for one in figures:
         print(f"{one.kind:6}  {one.ranks:5}  {one.rows:4}  {one.p50_us:6.0f}  {one.p95_us:6.0f}")
+    report.save("all-reduce", [asdict(one) for one in figures])
 
 
 if __name__ == "__main__":

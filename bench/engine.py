@@ -75,18 +75,6 @@ def read_bandwidth(device: torch.device) -> float:
     return block.numel() * 4 / median_s(read, 3 * REPEATS)
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second read and written together by a device-to-device copy."""
-    source = torch.ones(1 << 28, device=device)
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-        torch.cuda.synchronize(device)
-
-    return 2 * source.numel() * 4 / median_s(copy)
-
-
 def model_bytes(spec: ModelSpec, size: int) -> int:
     """Bytes of the matrices that one decode step reads."""
     width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -276,6 +264,8 @@ def gpu(batch: int = 64, context: int = 1024) -> None:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing measured")
         return
+    from bench.kernels import copy_bandwidth
+
     device = torch.device("cuda")
     ops = choose_ops(torch.bfloat16, device, LLAMA_8B.head_dim)
     model = Model(LLAMA_8B, name="random-8b", dtype="bfloat16", device=device, ops=ops)
