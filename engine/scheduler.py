@@ -272,8 +272,8 @@ class Scheduler:
     def _prefills(self, budget: int) -> list[tuple[Sequence, int]]:
         """Begun and new sequences by rank while tokens, places and pages last. No new one overtakes the first.
 
-        One that was preempted may find all but its newest token in the cache. It is a decode then: the prompts beside it
-        get no more than beside any other, and where they have more already, it waits for the next step.
+        One that was preempted may find all but its newest token in the cache. It is a decode then: the prompts
+        beside it get no more than beside any other, and where they have more already, it waits for the next step.
         """
         chosen, prompts = [], 0
         begun = [s for s in reversed(self._running) if not s.decodes]
