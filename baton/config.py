@@ -94,6 +94,25 @@ class PoolConfig(_Frozen):
         return self
 
 
+class TlsConfig(_Frozen):
+    """Mutual TLS: each side shows ``cert`` and takes nobody whose certificate ``ca`` did not sign."""
+
+    cert: str = Field(default="", description="PEM file with this worker's certificate; empty: no TLS.")
+    key: str = Field(default="", description="PEM file with the certificate's private key, without a passphrase.")
+    ca: str = Field(default="", description="PEM file with the authorities that sign workers' certificates, only.")
+
+    @property
+    def on(self) -> bool:
+        return bool(self.cert)
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> TlsConfig:
+        missing = [name for name in ("cert", "key", "ca") if not getattr(self, name)]
+        if 0 < len(missing) < 3:
+            raise ValueError(f"cert, key and ca belong together; missing: {', '.join(missing)}")
+        return self
+
+
 class HandoffConfig(_Frozen):
     transport: TransportName = Field(default="nixl", description="How KV crosses from prefill to decode.")
     codec: CodecName = Field(default="lossless", description="Codec of requests that name none.")
@@ -105,12 +124,19 @@ class HandoffConfig(_Frozen):
     landing_bytes: Count = Field(default=256 << 20, description="Landing buffers of one decode worker.")
     staging_bytes: Count = Field(default=256 << 20, description="Staged, encoded KV of one prefill worker.")
     ucx_tls: str = Field(default="", description="UCX_TLS for NIXL; empty leaves UCX's own choice.")
+    tls: TlsConfig = Field(default_factory=TlsConfig, description="TLS of transport tcp.")
 
     @model_validator(mode="after")
     def _default_codec_meets_floor(self) -> HandoffConfig:
         needed = FLOORS[LOSS[self.codec]]
         if FLOORS.index(self.quality_floor) < LOSS[self.codec]:
             raise ValueError(f"codec {self.codec} is lossy; set quality_floor: {needed} to allow it")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_has_a_transport(self) -> HandoffConfig:
+        if self.tls.on and self.transport != "tcp":
+            raise ValueError(f"tls protects transport tcp only, and transport is {self.transport}")
         return self
 
 
@@ -122,6 +148,17 @@ class RouterConfig(_Frozen):
     )
     connect_s: Seconds = Field(default=5.0, description="Longest wait for a worker's connection or answer.")
     max_request_bytes: Count = Field(default=4 << 20, description="Largest request accepted.")
+
+
+class SecurityConfig(_Frozen):
+    cluster_key_file: str = Field(
+        default="",
+        description="File with the key that router and workers prove to each other; empty: `$BATON_CLUSTER_KEY`, or "
+        "the one that `baton up` makes for its cluster.",
+    )
+    allow_unauthenticated: bool = Field(
+        default=False, description="Without a cluster key, let anybody connect to workers instead of refusing to start."
+    )
 
 
 class IngressConfig(_Frozen):
@@ -142,6 +179,7 @@ class Config(_Frozen):
     decode: PoolConfig = Field(default_factory=PoolConfig)
     handoff: HandoffConfig = Field(default_factory=HandoffConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
+    security: SecurityConfig = Field(default_factory=SecurityConfig)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
 
     @model_validator(mode="after")

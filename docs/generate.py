@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def page() -> str:
     scalars = [name for name in Config.model_fields if not _is_section(name)]
     parts = [HEAD, "## Top level\n", _table(schema, "", Config(), only=scalars)]
     for name in filter(_is_section, Config.model_fields):
-        parts += [f"## `{name}`\n", _table(_resolved(schema, name), f"{name}.", getattr(Config(), name))]
+        section = {**_resolved(schema, name), "$defs": schema["$defs"]}
+        parts += [f"## `{name}`\n", _table(section, f"{name}.", getattr(Config(), name))]
     return "\n".join([*parts, _example()])
 
 
@@ -48,12 +50,22 @@ def _resolved(schema: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _table(schema: dict[str, Any], prefix: str, defaults: BaseModel, only: list[str] | None = None) -> str:
-    rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
-    for key in only or list(schema["properties"]):
-        field = schema["properties"][key]
-        default = yaml.safe_dump(getattr(defaults, key), default_flow_style=True).removesuffix("...\n").strip()
-        rows.append(f"| `{prefix}{key}` | {_allowed(field)} | `{default}` | {field['description']} |")
+    rows = ["| key | allowed | default | meaning |", "|---|---|---|---|", *_rows(schema, schema, prefix, defaults, only)]
     return "\n".join(rows) + "\n"
+
+
+def _rows(
+    schema: dict[str, Any], section: dict[str, Any], prefix: str, defaults: BaseModel, only: list[str] | None = None
+) -> Iterator[str]:
+    """One row for each key, those of a section inside the section at their own places."""
+    for key in only or list(section["properties"]):
+        field, default = section["properties"][key], getattr(defaults, key)
+        if isinstance(default, BaseModel):
+            definition = schema["$defs"][field["$ref"].rpartition("/")[2]]
+            yield from _rows(schema, definition, f"{prefix}{key}.", default)
+        else:
+            shown = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
+            yield f"| `{prefix}{key}` | {_allowed(field)} | `{shown}` | {field['description']} |"
 
 
 def _allowed(field: dict[str, Any]) -> str:
