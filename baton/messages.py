@@ -6,6 +6,9 @@
     router ──Cancel───► both       free everything of this request; no answer
     worker ──Tokens───► router     one frame per engine step with every new token for that router
     worker ──Load─────► router     pushed on change and as a heartbeat
+    doctor ──Inspect──► both       answered by Inspected
+    doctor ──Probe────► decode     a small lease of no request: Granted, then ProbeLanded or Failed
+    doctor ──Probe────► prefill    with that Ticket; answered by ProbeSent or Failed
 
 The worker speaks first, with Hello. The end of the stream is the failure signal: each side frees what it held for the
 other.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from baton.host import HostFacts
 from baton.records import Registry
 from baton.request import TokenEvent, Work
 
@@ -124,4 +128,54 @@ class Load:
     pages_cached: int = 0  # in the prefix cache, used or free: unlike the others it stays when the worker is idle
 
 
-PLANE = Registry(Reserve, Prefill, Decode, Cancel, Hello, Granted, Tokens, Report, Handed, Failed, Load)
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    request_id: str
+    host: HostFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Hand over ``tokens`` tokens of a known pattern: without a ticket land them, with one send them.
+
+    Either worker takes either side, so that a pair is proven both ways. Cancel and the connection's end give it up.
+    """
+
+    request_id: str
+    tokens: int
+    codec: str
+    budget_s: float
+    ticket: Ticket | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSent:
+    """The sending side of a probe that landed."""
+
+    request_id: str
+    setup_s: float  # until the first token had landed, connecting included
+    latency_s: float  # of one token's KV, from the push to its last acknowledgement: the best of a few
+    seconds: float  # of the remaining tokens together
+    kv_bytes: int  # of those, before encoding
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeLanded:
+    """The landing side of a probe that landed."""
+
+    request_id: str
+    exact: bool  # what landed is what was sent, to the last bit
+    wire_bytes: int
+    tcp_bytes: int  # that this process received over TCP meanwhile, as the kernel counts
+    transport: str  # as configured there
+
+
+PLANE = Registry(
+    Reserve, Prefill, Decode, Cancel, Hello, Granted, Tokens, Report, Handed, Failed, Load,
+    Inspect, Inspected, Probe, ProbeSent, ProbeLanded,
+)  # fmt: skip

@@ -71,6 +71,15 @@ class Outgoing:
             self._moved.clear()
             await self._moved.wait()
 
+    async def caught_up(self) -> None:
+        """Returns when every pushed span is in the receiver's pages, or never will be."""
+        while True:
+            with self._encoder.changed:
+                if self._over.is_set() or not (self._dispatch.unstaged or self._dispatch.unacked):
+                    return
+            self._moved.clear()
+            await self._moved.wait()
+
     async def outcome(self) -> Landed | Lost | Expired:
         """How it ended; bounded by the budget and by the stall limit."""
         await self._over.wait()
@@ -107,6 +116,7 @@ class Outgoing:
         match record:
             case Acks():
                 self._encoder.acknowledge(self._feed, record.seqs)
+                self._wake()
             case Complete():
                 with self._encoder.changed:
                     self._dispatch.complete(record)
