@@ -2,6 +2,9 @@
 
 A frame is a 4-byte little-endian length and that many bytes. One writer task is not needed: ``send`` appends to the
 transport's buffer, which is bounded; a peer that does not read is cut off rather than buffered without end.
+
+Between members of a cluster the connection begins with the handshake of ``baton.secure`` and every frame is sealed.
+Connections are opened by :meth:`FrameStream.connect` and accepted by :class:`baton.guard.Guard`.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import struct
 from typing import Any, Self
 
 from baton.errors import ProtocolError, Unavailable
+from baton.handshake import Seals, prove
 from baton.records import Registry, pack
+from baton.secure import TAG_BYTES, ClusterKey, Untrusted
 
 MAX_FRAME_BYTES = 16 << 20
 MAX_UNSENT_BYTES = 64 << 20
@@ -23,21 +28,38 @@ _HEADER = struct.Struct("<I")
 class FrameStream:
     """One connection that carries records of one :class:`Registry` both ways; close it or use ``async with``."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, registry: Registry) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        registry: Registry,
+        seals: Seals | None = None,
+    ) -> None:
+        """``seals``: what the handshake agreed on; None leaves frames open."""
         self._reader, self._writer, self._registry = reader, writer, registry
+        self._sending = seals[0] if seals else None
+        self._receiving = seals[1] if seals else None
+        self._max_body = MAX_FRAME_BYTES + (TAG_BYTES if seals else 0)
         sock = writer.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @classmethod
-    async def connect(cls, host: str, port: int, registry: Registry, *, timeout_s: float) -> FrameStream:
-        """Connects within ``timeout_s``; raises :class:`Unavailable`."""
+    async def connect(
+        cls, host: str, port: int, registry: Registry, *, timeout_s: float, key: ClusterKey | None = None
+    ) -> FrameStream:
+        """Connects within ``timeout_s``, both ends proving ``key`` unless it is None; raises :class:`Unavailable`."""
         try:
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_connection(host, port)
-        except (OSError, TimeoutError) as error:
+                try:
+                    seals = None if key is None else await prove(reader, writer, key, registry.fingerprint)
+                except BaseException:
+                    writer.transport.abort()
+                    raise
+        except (OSError, TimeoutError, Untrusted) as error:
             raise Unavailable(f"cannot connect to {host}:{port}: {str(error) or 'timed out'}") from None
-        return cls(reader, writer, registry)
+        return cls(reader, writer, registry, seals)
 
     @property
     def peer(self) -> str:
@@ -55,17 +77,23 @@ class FrameStream:
         if transport.get_write_buffer_size() + len(body) > MAX_UNSENT_BYTES:
             self.abort()
             raise Unavailable(f"{self.peer} does not read; connection cut")
+        if self._sending is not None:
+            body = self._sending.close(body)
         transport.write(_HEADER.pack(len(body)) + body)
 
     async def receive(self) -> Any | None:
-        """The next record, or None at the end of the stream. Raises :class:`ProtocolError` for bad bytes."""
+        """The next record, or None at the end of the stream. Raises :class:`ProtocolError` for bad bytes.
+
+        The end may be an attacker's cut: whoever reads takes it for the peer's failure, never for a success.
+        """
         try:
             (length,) = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
-            if length > MAX_FRAME_BYTES:
+            if length > self._max_body:
                 raise ProtocolError(f"frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
-            return self._registry.unpack(await self._reader.readexactly(length))
+            body = await self._reader.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
             return None
+        return self._registry.unpack(body if self._receiving is None else self._receiving.open(body))
 
     def abort(self) -> None:
         """Drops the connection at once, unsent bytes included."""

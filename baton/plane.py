@@ -8,6 +8,7 @@ from typing import Protocol
 
 from baton.errors import BatonError, ProtocolError, Unavailable
 from baton.frames import FrameStream
+from baton.guard import Guard
 from baton.messages import HEARTBEAT_S, PLANE, Failed, Hello, Load
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,10 @@ class PlaneHandler(Protocol):
 class PlaneServer:
     """Listens for routers on ``host``; ``port`` is known after :meth:`start`."""
 
-    def __init__(self, handler: PlaneHandler, hello: Hello, *, host: str) -> None:
+    def __init__(self, handler: PlaneHandler, hello: Hello, *, host: str, guard: Guard | None = None) -> None:
+        """``guard``: who may connect; None lets everybody in."""
         self._handler, self._hello, self._host = handler, hello, host
+        self._guard = guard or Guard()
         self._links: set[FrameStream] = set()
         self._connections: set[asyncio.Task[None]] = set()
         self._pushed: Load | None = None
@@ -50,15 +53,21 @@ class PlaneServer:
             self._pusher.cancel()
         if self._server is not None:
             self._server.close()
+        self._guard.close()
         for link in self._links:
             link.abort()
         if self._connections:
             await asyncio.wait(self._connections, timeout=1.0)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = asyncio.create_task(self._converse(FrameStream(reader, writer, PLANE)))
+        connection = asyncio.create_task(self._serve(reader, writer))
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        link = await self._guard.accept(reader, writer, PLANE)
+        if link is not None:
+            await self._converse(link)
 
     async def _converse(self, link: FrameStream) -> None:
         self._links.add(link)

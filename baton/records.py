@@ -7,6 +7,7 @@ dataclass's annotations before anything is built. Never pickle.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ import msgpack
 
 from baton.errors import ProtocolError
 
+FINGERPRINT_BYTES = 8
 MAX_ARRAY_ITEMS = 1 << 20  # elements in any one array: a prompt of a million tokens
 
 
@@ -40,6 +42,8 @@ class Registry:
 
     def __init__(self, *records: type) -> None:
         self._records: Mapping[str, type] = {record.__name__: record for record in records}
+        # Of all names and types, those of nested records included: two processes that differ in it cannot talk.
+        self.fingerprint = hashlib.sha256("\n".join(map(_schema, records)).encode()).digest()[:FINGERPRINT_BYTES]
 
     def unpack(self, body: bytes | memoryview) -> Any:
         """The record in ``body``. Raises :class:`ProtocolError` for anything that is not exactly one known record."""
@@ -66,6 +70,17 @@ def _build(record: type, values: list[Any]) -> Any:
         except TypeError as error:
             raise ProtocolError(f"{record.__name__}.{name}: {error}") from None
     return record(*built)
+
+
+def _schema(hint: Any) -> str:
+    """A type as text that differs when the type, or one within it, does."""
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        fields = ", ".join(f"{f.name}: {_schema(hints[f.name])}" for f in dataclasses.fields(hint))
+        return f"{typing.cast(type, hint).__name__}({fields})"
+    if args := typing.get_args(hint):
+        return f"{typing.get_origin(hint)}[{', '.join(map(_schema, args))}]"
+    return str(hint)
 
 
 @cache

@@ -22,9 +22,11 @@ from torch import Tensor
 from baton.config import EXACT_CODECS, Config
 from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
+from baton.guard import Guard
 from baton.messages import Cancel, Decode, Granted, Hello, Load, Report, Reserve, Tokens
 from baton.plane import PlaneServer, answer, failure
 from baton.request import TokenEvent, Work
+from baton.secure import load_key
 from baton.tasks import Jobs
 from decode_worker.admission import Admission
 from engine.build import build_engine
@@ -61,9 +63,10 @@ class DecodeWorker:
         self.layout = self._engine.layout
         self._loop = EngineLoop(self._engine, self._computed, self._broke)
         identity = {"worker_id": worker_id, "generation": self.generation}
-        self._receiver = Receiver(self.layout, config.handoff, host=host, **identity)
+        guard = Guard(load_key(config.security))
+        self._receiver = Receiver(self.layout, config.handoff, host=host, guard=guard, **identity)
         hello = Hello(role="decode", layout=self.layout.fingerprint, dtype=self.layout.dtype, **identity)
-        self._plane = PlaneServer(self, hello, host=host)
+        self._plane = PlaneServer(self, hello, host=host, guard=guard)
         self._jobs: dict[str, _Job] = {}
         self._tasks = Jobs()
         self._admission = Admission(config.decode.max_waiting)

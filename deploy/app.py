@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 
 from baton.config import Config, PoolConfig, parse
 from baton.errors import ConfigError
+from baton.secure import require_key
 from baton.wire import inference_pb2
 from decode_worker.worker import DecodeWorker
 from deploy.discovery import Directory
@@ -91,6 +92,7 @@ class RouterReplica:
 
     async def __init__(self, tree: dict[str, Any], pools: list[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         config = parse(tree)
+        require_key(config.security)
         folder = await asyncio.to_thread(_folder, config)
         context = serve.get_replica_context()
         self._service = InferenceService(config, folder, router_id=context.replica_id.unique_id)
@@ -145,6 +147,7 @@ class _WorkerReplica:
 
     async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         config = parse(tree)
+        require_key(config.security)
         if config.handoff.ucx_tls:
             os.environ["UCX_TLS"] = config.handoff.ucx_tls  # UCX reads it once, when the first agent starts
         context = serve.get_replica_context()

@@ -18,12 +18,14 @@ import yaml
 
 from baton.config import Config
 from baton.errors import ConfigError, Unavailable
+from baton.secure import load_key, write_key
 
 LOOPBACK = "127.0.0.1"  # everything runs on this machine: nobody else needs to reach the workers
 READY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 ORPHAN_TIMEOUT_S = 3.0
 POLL_S = 0.1
+KEY_FILE = "cluster.key"  # of this cluster alone: made at its start, gone with the next start
 
 Progress = Callable[[str], None]
 
@@ -56,6 +58,9 @@ def up(config: Config, *, progress: Progress) -> Endpoints:
         _require_free(port_name, getattr(config.ingress, port_name))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    if load_key(config.security) is None:
+        write_key(folder / KEY_FILE)
+        config = config.with_flags({"security.cluster_key_file": str((folder / KEY_FILE).absolute())})
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
     process = _spawn(folder)
     (folder / "pid.json").write_text(json.dumps({"pid": process.pid, "started": process.create_time()}))

@@ -10,7 +10,7 @@ from functools import partial
 
 from baton.config import CODECS, HandoffConfig
 from baton.errors import ConfigError, Overloaded
-from baton.frames import FrameStream
+from baton.guard import Guard
 from baton.layout import KVLayout
 from baton.messages import Ticket
 from kvtransfer.arena import BufferPool
@@ -41,11 +41,14 @@ class Receiver:
     """One per decode worker. Methods run on the event loop that ran ``start``."""
 
     def __init__(
-        self, layout: KVLayout, config: HandoffConfig, *, worker_id: str, generation: str, host: str = "127.0.0.1"
-    ) -> None:
+        self, layout: KVLayout, config: HandoffConfig,
+        *, worker_id: str, generation: str, host: str = "127.0.0.1", guard: Guard | None = None,
+    ) -> None:  # fmt: skip
+        """``guard``: who may connect; None lets everybody in."""
         self.host, self.port = host, 0
         self._layout, self._config = layout, config
         self._worker_id, self._generation = worker_id, generation
+        self._guard = guard or Guard()
         self._pool = BufferPool(config.landing_bytes)
         self._codecs = {name: make_codec(name, layout) for name in CODECS}  # for their bounds; never encodes
         self._block_bytes = largest_block(self._codecs.values(), layout)
@@ -79,6 +82,7 @@ class Receiver:
         if ground is None:
             return
         self._server.close()
+        self._guard.close()
         self._ticker.cancel()
         self._intakes.lose_all("the receiver closes")
         for link in list(self._links):
@@ -151,10 +155,13 @@ class Receiver:
         )  # fmt: skip
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._ground is None or len(self._links) >= MAX_LINKS:
-            writer.close()
+        stream = await self._guard.accept(reader, writer, CONTROL)
+        if stream is None:
             return
-        link = ReceiverLink(self._ground, FrameStream(reader, writer, CONTROL))
+        if self._ground is None or len(self._links) >= MAX_LINKS:
+            stream.abort()
+            return
+        link = ReceiverLink(self._ground, stream)
         task = asyncio.current_task()
         assert task is not None
         self._links[link] = task

@@ -12,6 +12,7 @@ from baton.config import CODECS, HandoffConfig
 from baton.errors import ConfigError, Overloaded
 from baton.layout import KVLayout
 from baton.messages import Ticket
+from baton.secure import ClusterKey
 from kvtransfer.arena import BufferPool
 from kvtransfer.codecs import largest_block, make_codec
 from kvtransfer.encoder import Encoder, Gather
@@ -37,11 +38,13 @@ class Sender:
     """One per prefill worker. Methods run on the event loop that ran ``start`` unless they say otherwise."""
 
     def __init__(
-        self, layout: KVLayout, config: HandoffConfig, *, worker_id: str, generation: str, host: str = "127.0.0.1"
-    ) -> None:
+        self, layout: KVLayout, config: HandoffConfig,
+        *, worker_id: str, generation: str, host: str = "127.0.0.1", key: ClusterKey | None = None,
+    ) -> None:  # fmt: skip
+        """``key``: what both ends prove; None for receivers that let everybody in."""
         self.layout, self.config = layout, config
         self.worker_id, self.generation = worker_id, generation
-        self._host = host
+        self._host, self._key = host, key
         self._staging = BufferPool(config.staging_bytes)
         self._outgoing: set[Outgoing] = set()
         self._links: dict[tuple[str, int, str], SenderLink] = {}  # by host, port and generation of the receiver
@@ -107,7 +110,7 @@ class Sender:
             )  # fmt: skip
             link = self._links[key] = SenderLink(
                 ticket.host, ticket.port, attach,
-                stall_s=self.config.stall_s, on_end=partial(self._unlink, key),
+                stall_s=self.config.stall_s, on_end=partial(self._unlink, key), key=self._key,
             )  # fmt: skip
         return link
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from baton.errors import ProtocolError, Unavailable
 from baton.frames import FrameStream
+from baton.secure import ClusterKey
 from kvtransfer.protocol import CONTROL, Acks, Alive, Attach, Complete, Drop, Refused, Welcome
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,11 @@ class SenderLink:
     """Connects at once; its end, for whatever reason, loses every handoff on it."""
 
     def __init__(
-        self, host: str, port: int, attach: Attach, *, stall_s: float, on_end: Callable[[SenderLink], None]
-    ) -> None:
+        self, host: str, port: int, attach: Attach,
+        *, stall_s: float, on_end: Callable[[SenderLink], None], key: ClusterKey | None = None,
+    ) -> None:  # fmt: skip
         self._host, self._port, self._attach, self._stall_s, self._on_end = host, port, attach, stall_s, on_end
+        self._key = key
         self._riders: dict[tuple[str, int], Rider] = {}
         self._stream: FrameStream | None = None
         self._welcome = False
@@ -106,7 +109,9 @@ class SenderLink:
     async def _run(self) -> None:
         reason = "the link closed"
         try:
-            async with await FrameStream.connect(self._host, self._port, CONTROL, timeout_s=self._stall_s) as stream:
+            async with await FrameStream.connect(
+                self._host, self._port, CONTROL, timeout_s=self._stall_s, key=self._key
+            ) as stream:
                 self._stream = stream
                 await self._introduce(stream)
                 while (record := await stream.receive()) is not None:

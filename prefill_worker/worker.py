@@ -19,9 +19,11 @@ from torch import Tensor
 from baton.config import Config
 from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
+from baton.guard import Guard
 from baton.messages import Cancel, Failed, Handed, Hello, Load, Prefill, Report, Tokens
 from baton.plane import PlaneServer, answer, failure
 from baton.request import TokenEvent, Work
+from baton.secure import load_key
 from baton.tasks import Jobs
 from engine.build import build_engine
 from engine.engine import BROKEN, Chunk, Engine
@@ -56,9 +58,10 @@ class PrefillWorker:
         self.layout = self._engine.layout
         self._loop = EngineLoop(self._engine, self._computed, self._broke)
         identity = {"worker_id": worker_id, "generation": self.generation}
-        self._sender = Sender(self.layout, config.handoff, host=host, **identity)
+        guard = Guard(load_key(config.security))
+        self._sender = Sender(self.layout, config.handoff, host=host, key=guard.key, **identity)
         hello = Hello(role="prefill", layout=self.layout.fingerprint, dtype=self.layout.dtype, **identity)
-        self._plane = PlaneServer(self, hello, host=host)
+        self._plane = PlaneServer(self, hello, host=host, guard=guard)
         self._jobs: dict[str, _Job] = {}
         self._tasks = Jobs()
 

@@ -17,6 +17,7 @@ from baton.errors import ProtocolError, Unavailable
 from baton.frames import FrameStream
 from baton.messages import PLANE, Cancel, Failed, Granted, Handed, Hello, Load, Report, Tokens
 from baton.request import TokenEvent
+from baton.secure import ClusterKey
 from router.policy import WorkerView
 
 log = logging.getLogger(__name__)
@@ -49,9 +50,9 @@ class Peer:
         self._unseen: dict[str, int] = {}
 
     @classmethod
-    async def connect(cls, address: WorkerAddress, *, timeout_s: float) -> Peer:
+    async def connect(cls, address: WorkerAddress, *, timeout_s: float, key: ClusterKey | None = None) -> Peer:
         """Raises :class:`Unavailable` when nobody or somebody else answers at the address."""
-        link = await FrameStream.connect(address.host, address.port, PLANE, timeout_s=timeout_s)
+        link = await FrameStream.connect(address.host, address.port, PLANE, timeout_s=timeout_s, key=key)
         try:
             async with asyncio.timeout(timeout_s):
                 hello, load = await link.receive(), await link.receive()
@@ -143,8 +144,9 @@ class Peer:
 class Pools:
     """The connected workers of both roles. :meth:`update` gets every new list from the directory."""
 
-    def __init__(self, *, connect_s: float) -> None:
-        self._connect_s = connect_s
+    def __init__(self, *, connect_s: float, key: ClusterKey | None = None) -> None:
+        """``key``: what both ends of a connection prove; None for workers that let everybody in."""
+        self._connect_s, self._key = connect_s, key
         self._peers: dict[str, Peer] = {}  # by generation
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._listed: dict[Role, dict[str, WorkerAddress]] = {"prefill": {}, "decode": {}}
@@ -189,7 +191,7 @@ class Pools:
         attempt = 0
         while address.generation in self._listed[address.role]:
             try:
-                peer = await Peer.connect(address, timeout_s=self._connect_s)
+                peer = await Peer.connect(address, timeout_s=self._connect_s, key=self._key)
             except Unavailable as error:
                 log.info("%s %s: %s", address.role, address.worker_id, error)
                 await asyncio.sleep(RECONNECT_S[min(attempt, len(RECONNECT_S) - 1)])

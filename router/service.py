@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2
 
 from baton.config import Config
 from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidRequest, NotFound, Overloaded
+from baton.secure import load_key
 from baton.wire import inference_pb2 as pb
 from engine.spec import ModelSpec
 from engine.text import Tokenizer
@@ -58,7 +59,7 @@ class InferenceService:
         self._config, self._router_id = config, router_id
         self._tokenizer = Tokenizer(folder)
         self._limits = validate.Limits.of(config, context_tokens=min(config.model.max_context, spec.max_context))
-        self.pools = Pools(connect_s=config.router.connect_s)
+        self.pools = Pools(connect_s=config.router.connect_s, key=load_key(config.security))
         self._disaggregated = config.prefill.replicas > 0
         self._dispatcher = Dispatcher(
             self.pools, decode_page_tokens=config.decode.page_tokens, disaggregated=self._disaggregated

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,9 @@ def main() -> None:
     scratch = scratch_folder()
     ray_folder = scratch / "ray"
     ray_folder.mkdir()
-    os.environ.update(environment(config, scratch), RAY_TMPDIR=str(ray_folder))
+    os.environ.update(
+        environment(config, scratch), RAY_TMPDIR=str(ray_folder), BATON_CLUSTER_KEY=secrets.token_hex(32)
+    )
 
     import ray
     from ray.cluster_utils import Cluster
