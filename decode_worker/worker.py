@@ -23,7 +23,7 @@ from baton.config import EXACT_CODECS, Config
 from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
-from baton.messages import Cancel, Decode, Granted, Hello, Load, Report, Reserve, Tokens
+from baton.messages import Cancel, Decode, Granted, Hello, Inspect, Load, Probe, Report, Reserve, Tokens
 from baton.plane import PlaneServer, answer, failure
 from baton.request import TokenEvent, Work
 from baton.secure import load_key
@@ -35,6 +35,7 @@ from engine.loop import EngineLoop
 from engine.model import Model
 from engine.ranks import Ranks
 from kvtransfer.handoff import Expired, Landed, Lost
+from kvtransfer.probe import Probes
 from kvtransfer.receiver import Receiver
 
 T = TypeVar("T")
@@ -69,6 +70,15 @@ class DecodeWorker:
         self._plane = PlaneServer(self, hello, host=host, guard=guard)
         self._jobs: dict[str, _Job] = {}
         self._tasks = Jobs()
+        self._probes = Probes(
+            self.layout,
+            config.handoff,
+            worker_id=worker_id,
+            host=host,
+            load=self.load,
+            own=self._receiver,
+            key=guard.key,
+        )
         self._admission = Admission(config.decode.max_waiting)
 
     @property
@@ -99,6 +109,8 @@ class DecodeWorker:
                 self._tasks.start(link, record.work.request_id, lambda: self._serve(link, record))
             case Cancel():
                 self._tasks.cancel(link, record.request_id)
+            case Inspect() | Probe():
+                self._tasks.start(link, record.request_id, lambda: self._probes.serve(link, record))
             case _:
                 log.warning("router %s sent %s to a decode worker; ignored", link.peer, type(record).__name__)
 
@@ -158,6 +170,7 @@ class DecodeWorker:
             message.epoch,
             tokens=len(work.prompt),
             codec=message.codec,
+            floor=message.floor,
             budget_s=work.budget_s,
             write=write,
         )
@@ -165,7 +178,7 @@ class DecodeWorker:
         match await self._receiver.outcome(work.request_id):
             case Landed() as landed:
                 job.landed, job.landed_s = landed, time.monotonic()
-                exact = message.codec in EXACT_CODECS
+                exact = landed.codec_tokens.keys() <= EXACT_CODECS
                 await self._on_engine(lambda engine: engine.start(work.request_id, landed.first, exact=exact))
                 if landed.first.finish:
                     job.finished.set_result(None)
@@ -213,7 +226,8 @@ class DecodeWorker:
             "wait": scheduled_s - job.landed_s,
             "decode": now_s - scheduled_s,
         }
-        return Report(event.request_id, stages, job.landed.busy_s, job.landed.bytes)
+        landed = job.landed
+        return Report(event.request_id, stages, landed.busy_s, landed.bytes, dict(landed.codec_tokens))
 
     def _broke(self, error: BaseException) -> None:
         self.failure = error

@@ -23,10 +23,12 @@ from baton import host
 from baton.config import CODECS, HandoffConfig
 from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from baton.frames import FrameStream
+from baton.guard import Guard
 from baton.layout import KVLayout
 from baton.messages import Granted, Inspect, Inspected, Load, Probe, ProbeLanded, ProbeSent, Ticket
 from baton.plane import answer, failure
 from baton.request import TokenEvent
+from baton.secure import ClusterKey
 from kvtransfer.handoff import Expired, Landed, Lost
 from kvtransfer.outgoing import Outgoing
 from kvtransfer.receiver import Receiver
@@ -56,10 +58,10 @@ class Probes:
 
     def __init__(
         self, layout: KVLayout, config: HandoffConfig, *, worker_id: str, host: str,
-        load: Callable[[], Load], own: Sender | Receiver,
+        load: Callable[[], Load], own: Sender | Receiver, key: ClusterKey | None = None,
     ) -> None:  # fmt: skip
         self._layout, self._name, self._host, self._load = layout, f"{worker_id}-probe", host, load
-        self._config, self._own = config, own
+        self._config, self._own, self._key = config, own, key
         self._under_way = False
 
     async def serve(self, link: FrameStream, record: Inspect | Probe) -> None:
@@ -150,8 +152,9 @@ class Probes:
             yield self._own
             return
         borrowed = Receiver(
-            self._layout, self._small(), host=self._host, worker_id=self._name, generation=secrets.token_hex(8)
-        )
+            self._layout, self._small(), host=self._host, guard=Guard(self._key),
+            worker_id=self._name, generation=secrets.token_hex(8),
+        )  # fmt: skip
         await borrowed.start()
         try:
             yield borrowed
@@ -165,8 +168,9 @@ class Probes:
             yield self._own
             return
         borrowed = Sender(
-            self._layout, self._small(), host=self._host, worker_id=self._name, generation=secrets.token_hex(8)
-        )
+            self._layout, self._small(), host=self._host, key=self._key,
+            worker_id=self._name, generation=secrets.token_hex(8),
+        )  # fmt: skip
         await borrowed.start()
         try:
             yield borrowed

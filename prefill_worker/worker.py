@@ -20,7 +20,7 @@ from baton.config import Config
 from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
-from baton.messages import Cancel, Failed, Handed, Hello, Load, Prefill, Report, Tokens
+from baton.messages import Cancel, Failed, Handed, Hello, Inspect, Load, Prefill, Probe, Report, Tokens
 from baton.plane import PlaneServer, answer, failure
 from baton.request import TokenEvent, Work
 from baton.secure import load_key
@@ -32,6 +32,7 @@ from engine.model import Model
 from engine.ranks import Ranks
 from kvtransfer.handoff import Expired, Landed, Lost
 from kvtransfer.outgoing import Outgoing
+from kvtransfer.probe import Probes
 from kvtransfer.sender import Sender
 
 T = TypeVar("T")
@@ -64,6 +65,9 @@ class PrefillWorker:
         self._plane = PlaneServer(self, hello, host=host, guard=guard)
         self._jobs: dict[str, _Job] = {}
         self._tasks = Jobs()
+        self._probes = Probes(
+            self.layout, config.handoff, worker_id=worker_id, host=host, load=self.load, own=self._sender, key=guard.key
+        )
 
     @property
     def port(self) -> int:
@@ -91,6 +95,8 @@ class PrefillWorker:
                 self._tasks.start(link, record.work.request_id, lambda: self._serve(link, record))
             case Cancel():
                 self._tasks.cancel(link, record.request_id)
+            case Inspect() | Probe():
+                self._tasks.start(link, record.request_id, lambda: self._probes.serve(link, record))
             case _:
                 log.warning("router %s sent %s to a prefill worker; ignored", link.peer, type(record).__name__)
 
