@@ -1,14 +1,37 @@
-"""The tasks a worker runs for its routers: one per request, owned by the connection it came on."""
+"""The tasks a worker runs for its routers, one per request, owned by the connection it came on; work off the loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Coroutine, Hashable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from baton.errors import ProtocolError
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+async def on_own_thread(call: Callable[[], T]) -> T:
+    """What ``call()`` returns or raises, on a thread that is gone afterwards.
+
+    For whatever computes with torch before the engine does. OpenMP counts the helpers of every thread that ever used
+    it, as long as that thread lives; with more of them than cores nobody spins between two kernels any more, and a
+    decode step takes twice as long. The threads of asyncio.to_thread live on.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the future
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=getattr(call, "__name__", "work"), daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 class Jobs:

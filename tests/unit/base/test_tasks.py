@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 
 import pytest
 
 from baton.errors import ProtocolError
-from baton.tasks import Jobs
+from baton.tasks import Jobs, on_own_thread
 
 
 class Waiting:
@@ -115,3 +116,24 @@ async def test_an_error_nobody_answered_is_logged(caplog: pytest.LogCaptureFixtu
     assert "request-7" in caplog.text
     assert "lost my way" in caplog.text
     assert len(jobs) == 0
+
+
+async def test_work_off_the_loop_leaves_no_thread_behind() -> None:
+    seen: list[threading.Thread] = []
+
+    def work() -> int:
+        seen.append(threading.current_thread())
+        return 7
+
+    assert await on_own_thread(work) == 7
+    seen[0].join(1.0)
+    assert seen[0] is not threading.main_thread()
+    assert not seen[0].is_alive()
+
+
+async def test_an_error_off_the_loop_reaches_who_waits() -> None:
+    def work() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await on_own_thread(work)

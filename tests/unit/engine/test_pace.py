@@ -71,7 +71,7 @@ def test_a_machine_that_is_often_disturbed_keeps_most_of_its_share() -> None:
 
 def test_a_size_that_failed_only_for_a_while_is_passed_later() -> None:
     slow = iter([True] * 9)
-    shares = served(lambda tokens: 9.0 if tokens > 32 and next(slow, False) else 1.0 + tokens * 0.009, 4 * RETRY_STEPS)
+    shares = served(lambda tokens: 9.0 if tokens > 32 and next(slow, False) else 1.0 + tokens * 0.009, 6 * RETRY_STEPS)
     assert max(shares[20:RETRY_STEPS]) <= 48
     assert max(shares) == 80
 
