@@ -23,6 +23,7 @@ from kvtransfer.codecs import make_codec
 from kvtransfer.coverage import Span
 from kvtransfer.handoff import Dispatch
 from kvtransfer.protocol import Block, block_digest, block_tokens
+from kvtransfer.signing import BlockKey
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ class Job:
 
 
 class Encoder:
-    def __init__(self, layout: KVLayout, staging: BufferPool) -> None:
-        self._layout, self._staging = layout, staging
+    def __init__(self, layout: KVLayout, staging: BufferPool, key: BlockKey | None = None) -> None:
+        self._layout, self._staging, self._key = layout, staging, key
         self._codecs = {name: make_codec(name, layout) for name in CODECS}
         self._block_tokens = block_tokens(layout)
         self.changed = threading.Condition()
@@ -170,6 +171,7 @@ class Encoder:
         digest = block_digest(
             view[:nbytes], request_id=feed.dispatch.request_id, epoch=feed.dispatch.epoch,
             layout=self._layout.fingerprint, layer=span.layer, start=span.start, count=span.count, codec=feed.codec,
+            key=self._key,
         )  # fmt: skip
         return nbytes, digest
 

@@ -20,6 +20,7 @@ from kvtransfer.arena import BufferPool, Region
 from kvtransfer.codecs import CodecError, make_codec
 from kvtransfer.handoff import Arrived
 from kvtransfer.protocol import Block, block_digest
+from kvtransfer.signing import BlockKey
 from kvtransfer.transports import FetchLost, Source
 
 log = logging.getLogger(__name__)
@@ -87,8 +88,8 @@ class Fetched:
 class Lander:
     """Verifies, decodes and writes fetched blocks. Its queue is bounded by the landing buffers that it holds."""
 
-    def __init__(self, layout: KVLayout, pool: BufferPool) -> None:
-        self._layout, self._pool = layout, pool
+    def __init__(self, layout: KVLayout, pool: BufferPool, key: BlockKey | None = None) -> None:
+        self._layout, self._pool, self._key = layout, pool, key
         self._codecs = {name: make_codec(name, layout) for name in CODECS}
         self._fetched: queue.SimpleQueue[Fetched | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kv-land", daemon=True)
@@ -124,7 +125,7 @@ class Lander:
         data = self._pool.memory.view(fetched.region.offset, block.nbytes)
         digest = block_digest(
             data, request_id=block.request_id, epoch=block.epoch, layout=self._layout.fingerprint,
-            layer=block.layer, start=block.start, count=block.count, codec=block.codec,
+            layer=block.layer, start=block.start, count=block.count, codec=block.codec, key=self._key,
         )  # fmt: skip
         if digest != block.digest:
             landing.fail(f"block {block.seq}: digest mismatch")

@@ -21,6 +21,7 @@ import xxhash
 from baton.layout import KVLayout
 from baton.records import Registry
 from baton.request import TokenEvent
+from kvtransfer.signing import BlockKey
 
 PROTOCOL = 1
 DIGEST_BYTES = 16
@@ -124,14 +125,18 @@ CONTROL = Registry(Attach, Welcome, Refused, Begin, Block, Commit, Acks, Complet
 
 
 def block_digest(
-    encoded: memoryview, *, request_id: str, epoch: int, layout: str, layer: int, start: int, count: int, codec: str
-) -> bytes:
-    """xxh3-128 over where the block belongs and then its encoded bytes.
+    encoded: memoryview,
+    *, request_id: str, epoch: int, layout: str, layer: int, start: int, count: int, codec: str,
+    key: BlockKey | None = None,
+) -> bytes:  # fmt: skip
+    """Over where the block belongs and its encoded bytes: keyed between members of a cluster, else xxh3-128.
 
-    It must catch corruption and mix-ups, not a forger: whoever can write the staged bytes can also announce them. Here
-    it runs at 45 GB/s against 0.8 for blake2b and 1.6 for sha256, which would each cost more than the fetch itself.
+    xxh3 catches corruption and mix-ups at 45 GB/s, but whoever sits on the data path could craft bytes that fit it; the
+    keyed digest runs at 7 GB/s, where blake2b makes 0.8 and HMAC-SHA256 1.5 (ADR 10).
     """
     place = f"{len(request_id)}:{request_id}|{epoch}|{layout}|{layer}|{start}|{count}|{codec}|{len(encoded)}|"
+    if key is not None:
+        return key.digest(place.encode(), encoded, DIGEST_BYTES)
     state = xxhash.xxh3_128(place.encode())
     state.update(encoded)
     return state.digest()

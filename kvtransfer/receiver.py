@@ -20,6 +20,7 @@ from kvtransfer.intakes import Intakes
 from kvtransfer.landing import Lander, Puller, Write
 from kvtransfer.protocol import CONTROL, block_tokens
 from kvtransfer.receiver_link import Ground, ReceiverLink
+from kvtransfer.signing import BlockKey
 from kvtransfer.transports import make_fetcher
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Receiver:
         self._ground = Ground(
             self._worker_id, self._generation, self._layout.fingerprint, self._config.transport, self._config.stall_s,
             self._intakes, self._codecs, block_tokens(self._layout), self._pool, fetcher,
-            Lander(self._layout, self._pool),
+            Lander(self._layout, self._pool, BlockKey(self._guard.key) if self._guard.key else None),
         )  # fmt: skip
         self._server = await asyncio.start_server(self._serve, self.host, 0)
         self.port = int(self._server.sockets[0].getsockname()[1])

@@ -19,6 +19,7 @@ from kvtransfer.encoder import Encoder, Gather
 from kvtransfer.outgoing import Outgoing
 from kvtransfer.protocol import PROTOCOL, Attach
 from kvtransfer.sender_link import SenderLink
+from kvtransfer.signing import BlockKey
 from kvtransfer.transports import Exporter, make_exporter
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Sender:
             name=f"{self.worker_id}-{self.generation}", host=self._host, ucx_tls=self.config.ucx_tls,
         )  # fmt: skip
         self._exporter = await asyncio.to_thread(build)
-        self._encoder = Encoder(self.layout, self._staging)
+        self._encoder = Encoder(self.layout, self._staging, BlockKey(self._key) if self._key else None)
         self._ticker = asyncio.create_task(self._tick())
         log.info("%s sends KV over %s", self.worker_id, self.config.transport)
 
