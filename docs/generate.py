@@ -50,8 +50,8 @@ def _resolved(schema: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _table(schema: dict[str, Any], prefix: str, defaults: BaseModel, only: list[str] | None = None) -> str:
-    rows = ["| key | allowed | default | meaning |", "|---|---|---|---|", *_rows(schema, schema, prefix, defaults, only)]
-    return "\n".join(rows) + "\n"
+    head = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*head, *_rows(schema, schema, prefix, defaults, only)]) + "\n"
 
 
 def _rows(

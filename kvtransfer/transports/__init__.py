@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from baton.config import TlsConfig
 from baton.errors import BatonError, ConfigError
 from kvtransfer.arena import HostMemory
 
@@ -39,6 +40,9 @@ class Source(Protocol):
     def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> None:
         """Copies ``nbytes`` from the peer's ``offset`` to ``at`` of the landing memory; raises :class:`FetchLost`."""
 
+    def carrier(self) -> str:
+        """What really moves the bytes ("cma/memory (intra-node, zero-copy)"); before the first fetch maybe less."""
+
     def interrupt(self) -> None:
         """Makes a fetch under way, and every later one, raise :class:`FetchLost` soon."""
 
@@ -61,7 +65,12 @@ def check_range(offset: int, nbytes: int, total: int) -> None:
         raise FetchLost(f"range [{offset}, {offset + nbytes}) is outside the peer's {total} bytes")
 
 
-def make_exporter(transport: str, memory: HostMemory, *, name: str, host: str, ucx_tls: str) -> Exporter:
+_NO_TLS = TlsConfig()
+
+
+def make_exporter(
+    transport: str, memory: HostMemory, *, name: str, host: str, ucx_tls: str, tls: TlsConfig = _NO_TLS
+) -> Exporter:
     """Exports ``memory``; raises :class:`ConfigError` when the transport cannot work here. Never falls back."""
     match transport:
         case "nixl":
@@ -71,7 +80,11 @@ def make_exporter(transport: str, memory: HostMemory, *, name: str, host: str, u
         case "tcp":
             from kvtransfer.transports.tcp import TcpExporter
 
-            return TcpExporter(memory, host=host)
+            return TcpExporter(memory, host=host, tls=tls)
+        case "gloo":
+            from kvtransfer.transports.gloo import GlooExporter
+
+            return GlooExporter(memory, host=host)
         case "loopback":
             from kvtransfer.transports.loopback import LoopbackExporter
 
@@ -80,7 +93,7 @@ def make_exporter(transport: str, memory: HostMemory, *, name: str, host: str, u
             raise ConfigError(f"unknown transport {transport!r}", field="handoff.transport")
 
 
-def make_fetcher(transport: str, memory: HostMemory, *, name: str, ucx_tls: str) -> Fetcher:
+def make_fetcher(transport: str, memory: HostMemory, *, name: str, ucx_tls: str, tls: TlsConfig = _NO_TLS) -> Fetcher:
     """A fetcher that lands in ``memory``; raises :class:`ConfigError` when the transport cannot work here."""
     match transport:
         case "nixl":
@@ -90,7 +103,11 @@ def make_fetcher(transport: str, memory: HostMemory, *, name: str, ucx_tls: str)
         case "tcp":
             from kvtransfer.transports.tcp import TcpFetcher
 
-            return TcpFetcher(memory)
+            return TcpFetcher(memory, tls=tls)
+        case "gloo":
+            from kvtransfer.transports.gloo import GlooFetcher
+
+            return GlooFetcher(memory)
         case "loopback":
             from kvtransfer.transports.loopback import LoopbackFetcher
 

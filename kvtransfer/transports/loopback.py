@@ -56,6 +56,9 @@ class LoopbackSource:
         check_range(offset, nbytes, memory.nbytes)
         self._landing.view(at, nbytes)[:] = memory.view(offset, nbytes)
 
+    def carrier(self) -> str:
+        return "a copy within one process"
+
     def interrupt(self) -> None:
         self._interrupted = True
 

@@ -8,6 +8,7 @@ is no fence: an unfinished one is kept and polled until it ends, and only then i
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -20,12 +21,54 @@ import msgpack
 from baton.errors import ConfigError
 from kvtransfer.arena import HostMemory
 from kvtransfer.transports import FetchLost, check_range
+from kvtransfer.transports.ucx_report import UcxPath, describe, parse_complaints, parse_paths
 
 log = logging.getLogger(__name__)
 
 _PROGRESS_DELAY_US = 100
+_REPORT_BYTES = 4 << 20
 _POLL_FIRST_S, _POLL_MOST_S = 50e-6, 1e-3
 _process_tls: str | None = None
+
+
+class _Report:
+    """What UCX of this process writes: kept in memory, since it says there which transports it uses.
+
+    An operator who sends UCX's log somewhere else keeps it there, and does without that answer.
+    """
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+        self._complained = 0
+        self._lock = threading.Lock()
+
+    def redirect(self) -> None:
+        """Call before UCX is loaded: it reads these variables then, and only then."""
+        if "UCX_LOG_FILE" not in os.environ:
+            self._file = os.memfd_create("ucx-log")
+            os.environ["UCX_LOG_FILE"] = f"/proc/self/fd/{self._file}"
+            os.environ.setdefault("UCX_PROTO_INFO", "y")
+
+    def read(self) -> str:
+        """Everything that UCX wrote so far; its new complaints go to this process's own log."""
+        if self._file is None:
+            return ""
+        with self._lock:
+            ctypes.CDLL(None).fflush(None)  # UCX writes through C's buffers
+            text = os.pread(self._file, _REPORT_BYTES, 0).decode(errors="replace")
+            complaints = parse_complaints(text)
+            for complaint in complaints[self._complained :]:
+                log.warning("ucx: %s", complaint)
+            self._complained = len(complaints)
+        return text
+
+
+report = _Report()
+
+
+def ucx_paths() -> tuple[UcxPath, ...]:
+    """How UCX of this process moves bytes, as far as it has decided by now: every agent, peer and operation."""
+    return parse_paths(report.read())
 
 
 def _bindings(ucx_tls: str) -> Any:
@@ -34,6 +77,7 @@ def _bindings(ucx_tls: str) -> Any:
     if _process_tls is None:
         if ucx_tls:
             os.environ["UCX_TLS"] = ucx_tls
+        report.redirect()
         _process_tls = ucx_tls
     elif _process_tls != ucx_tls:
         raise ConfigError(f"this process already uses {_process_tls!r}, got {ucx_tls!r}", field="handoff.ucx_tls")
@@ -70,6 +114,7 @@ class _Agent:
         return descriptors
 
     def close(self) -> None:
+        report.read()
         with self.lock:
             self.nixl.deregisterMem(self._registered, [])
             del self.nixl
@@ -151,6 +196,9 @@ class NixlSource:
                 raise FetchLost(f"nixl fetch of {nbytes} bytes {reason}", transfer.ended)
             time.sleep(pause_s)
             pause_s = min(_POLL_MOST_S, pause_s * 1.5)
+
+    def carrier(self) -> str:
+        return describe(ucx_paths(), self._agent.name) or "UCX's choice, unknown"
 
     def interrupt(self) -> None:
         self._interrupted = True
