@@ -19,7 +19,7 @@ CodecName = Literal[
     "raw", "lossless", "int8", "int8-zstd", "int6", "int6-zstd", "fp8", "fp8-zstd", "int4", "int4-zstd",
     "int3-zstd", "int2", "int2-zstd",
 ]  # fmt: skip
-TransportName = Literal["nixl", "tcp", "loopback"]
+TransportName = Literal["nixl", "tcp", "gloo", "loopback"]
 QualityFloor = Literal["exact", "int8", "int6", "fp8", "int4", "int3", "int2"]  # falling, as measured: ADR 8
 CODECS: tuple[str, ...] = get_args(CodecName)
 EXACT_CODECS: frozenset[str] = frozenset(("raw", "lossless"))  # what lands is what was sent, to the last bit

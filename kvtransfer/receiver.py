@@ -64,7 +64,7 @@ class Receiver:
             raise ConfigError(f"must hold one block of {self._block_bytes} bytes", field="handoff.landing_bytes")
         build = partial(
             make_fetcher, self._config.transport, self._pool.memory,
-            name=f"{self._worker_id}-{self._generation}", ucx_tls=self._config.ucx_tls,
+            name=f"{self._worker_id}-{self._generation}", ucx_tls=self._config.ucx_tls, tls=self._config.tls,
         )  # fmt: skip
         fetcher = await asyncio.to_thread(build)
         self._ground = Ground(

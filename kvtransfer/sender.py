@@ -59,7 +59,7 @@ class Sender:
             raise ConfigError(f"must hold one block of {block_bytes} bytes", field="handoff.staging_bytes")
         build = partial(
             make_exporter, self.config.transport, self._staging.memory,
-            name=f"{self.worker_id}-{self.generation}", host=self._host, ucx_tls=self.config.ucx_tls,
+            name=f"{self.worker_id}-{self.generation}", host=self._host, ucx_tls=self.config.ucx_tls, tls=self.config.tls,
         )  # fmt: skip
         self._exporter = await asyncio.to_thread(build)
         self._encoder = Encoder(self.layout, self._staging, BlockKey(self._key) if self._key else None)
