@@ -19,6 +19,7 @@ CodecName = Literal[
     "raw", "lossless", "int8", "int8-zstd", "int6", "int6-zstd", "fp8", "fp8-zstd", "int4", "int4-zstd",
     "int3-zstd", "int2", "int2-zstd",
 ]  # fmt: skip
+CodecChoice = Literal["auto", CodecName]
 TransportName = Literal["nixl", "tcp", "gloo", "loopback"]
 QualityFloor = Literal["exact", "int8", "int6", "fp8", "int4", "int3", "int2"]  # falling, as measured: ADR 8
 CODECS: tuple[str, ...] = get_args(CodecName)
@@ -29,6 +30,19 @@ FLOORS: tuple[str, ...] = get_args(QualityFloor)
 LOSS: dict[str, int] = {
     codec: 0 if codec in ("raw", "lossless") else FLOORS.index(codec.removesuffix("-zstd")) for codec in CODECS
 }
+
+AUTO = "auto"  # instead of a codec's name: any that the floor allows
+
+
+def codecs_within(floor: str) -> tuple[str, ...]:
+    """The codecs that ``floor`` allows, the exact ones first."""
+    return tuple(codec for codec in CODECS if LOSS[codec] <= FLOORS.index(floor))
+
+
+def codecs_allowed(codec: str, floor: str) -> tuple[str, ...]:
+    """What a request's blocks may be encoded with: ``codec``, or for ``auto`` all that ``floor`` allows."""
+    return codecs_within(floor) if codec == AUTO else (codec,)
+
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -115,7 +129,10 @@ class TlsConfig(_Frozen):
 
 class HandoffConfig(_Frozen):
     transport: TransportName = Field(default="nixl", description="How KV crosses from prefill to decode.")
-    codec: CodecName = Field(default="lossless", description="Codec of requests that name none.")
+    codec: CodecChoice = Field(
+        default="auto",
+        description="Codec of requests that name none. auto: whatever the quality floor allows and lands soonest.",
+    )
     quality_floor: QualityFloor = Field(
         default="exact", description="Lossy codecs are refused unless this allows them; each floor allows those before."
     )
@@ -128,6 +145,8 @@ class HandoffConfig(_Frozen):
 
     @model_validator(mode="after")
     def _default_codec_meets_floor(self) -> HandoffConfig:
+        if self.codec == AUTO:
+            return self
         needed = FLOORS[LOSS[self.codec]]
         if FLOORS.index(self.quality_floor) < LOSS[self.codec]:
             raise ValueError(f"codec {self.codec} is lossy; set quality_floor: {needed} to allow it")

@@ -24,7 +24,7 @@ class Ledger:
     stages: Mapping[str, float] = field(default_factory=dict)
     transfer_busy_s: float = 0.0  # encode + wire + land work, hidden or not
     transfer_bytes: int = 0  # encoded bytes that crossed the wire
-    codec: str = ""
+    codec: str = ""  # see :func:`blend`
     transport: str = ""
 
     @property
@@ -38,6 +38,15 @@ class Ledger:
         if self.transfer_busy_s <= 0.0:
             return 1.0
         return min(1.0, max(0.0, 1.0 - self.transfer_exposed_s / self.transfer_busy_s))
+
+
+def blend(codec_tokens: Mapping[str, int]) -> str:
+    """The codecs that carried a handoff: "raw", or with their shares, "int8-zstd 60 %, raw 40 %"; "" for none."""
+    if len(codec_tokens) <= 1:
+        return "".join(codec_tokens)
+    total = max(1, sum(codec_tokens.values()))
+    by_share = sorted(codec_tokens.items(), key=lambda entry: (-entry[1], entry[0]))
+    return ", ".join(f"{codec} {100 * tokens / total:.0f} %" for codec, tokens in by_share)
 
 
 def close(total_s: float, measured: Mapping[str, float]) -> dict[str, float]:

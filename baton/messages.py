@@ -16,7 +16,7 @@ other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.host import HostFacts
 from baton.records import Registry
@@ -46,8 +46,9 @@ class Ticket:
     port: int
     generation: str
     layout: str
-    codec: str
+    codec: str  # of every block, or "auto": any that the floor allows
     transport: str
+    floor: str = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Reserve:
     work: Work
     epoch: int
     codec: str
+    floor: str = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class Report:
     stages: dict[str, float]
     transfer_busy_s: float = 0.0
     transfer_bytes: int = 0
+    codec_tokens: dict[str, int] = field(default_factory=dict)  # (layer, token) pairs that crossed in each codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +144,13 @@ class Inspected:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Hand over ``tokens`` tokens of a known pattern: without a ticket land them, with one send them.
+    """Hand over about ``kv_bytes`` of a known pattern: without a ticket land them, with one send them.
 
     Either worker takes either side, so that a pair is proven both ways. Cancel and the connection's end give it up.
     """
 
     request_id: str
-    tokens: int
+    kv_bytes: int  # before encoding; both sides make the same whole number of tokens of it
     codec: str
     budget_s: float
     ticket: Ticket | None

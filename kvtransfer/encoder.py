@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeAlias
 
 from torch import Tensor
@@ -19,13 +20,17 @@ from torch import Tensor
 from baton.config import CODECS
 from baton.layout import KVLayout
 from kvtransfer.arena import BufferPool, Region
+from kvtransfer.chooser import Ahead, Load
 from kvtransfer.codecs import make_codec
 from kvtransfer.coverage import Span
 from kvtransfer.handoff import Dispatch
-from kvtransfer.protocol import Block, block_digest, block_tokens
+from kvtransfer.protocol import Acks, Block, block_digest, block_tokens
+from kvtransfer.route import Ratios, Route
 from kvtransfer.signing import BlockKey
 
 log = logging.getLogger(__name__)
+
+_MOST_COUNTED = 64  # handoffs, in a load
 
 Gather: TypeAlias = Callable[[int, int, int], tuple[Tensor, Tensor]]
 
@@ -35,8 +40,9 @@ class Feed:
     """One handoff's spans on their way into staging. Everything in it is guarded by the encoder's lock."""
 
     dispatch: Dispatch
-    codec: str
+    allowed: tuple[str, ...]  # codecs
     peer: str  # whose acknowledgements free this handoff's staging
+    route: Route
     gather: Gather
     on_staged: Callable[[Block], None]  # called on the encoder's thread
     on_idle: Callable[[], None]  # the last span is gathered, or dropped
@@ -44,11 +50,26 @@ class Feed:
     spans: deque[Span] = field(default_factory=deque)
     regions: dict[int, Region] = field(default_factory=dict)  # seq -> staged and unacknowledged
     gathering: bool = False
+    queued_tokens: int = 0  # (layer, token) pairs in ``spans``
+    began_at: float = 0.0  # the first span was pushed
 
     @property
     def idle(self) -> bool:
         """Nothing of this handoff will be read from the caller's pages any more, unless more is pushed."""
         return not self.spans and not self.gathering
+
+    def ahead(self, block: Span, layout: KVLayout, *, backlog_bytes: int, now: float) -> Ahead:
+        """What this handoff still has to do from ``block`` on. Prefill is taken to go on at its pace so far."""
+        coverage = self.dispatch.coverage
+        pairs = coverage.missing + self.queued_tokens + block.count
+        pushed = layout.layers * coverage.tokens - coverage.missing
+        return Ahead(
+            raw_bytes=pairs * layout.layer_token_bytes,
+            blocks=-(-pairs // block.count),
+            backlog_bytes=backlog_bytes,
+            prefill_s=(now - self.began_at) * coverage.missing / pushed,
+            slack_s=self.dispatch.expires_at - now,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +78,15 @@ class Job:
 
     feed: Feed
     span: Span
+    codec: str
     region: Region
     started_at: float
 
 
 class Encoder:
-    def __init__(self, layout: KVLayout, staging: BufferPool, key: BlockKey | None = None) -> None:
-        self._layout, self._staging, self._key = layout, staging, key
+    def __init__(self, layout: KVLayout, staging: BufferPool, ratios: Ratios, key: BlockKey | None = None) -> None:
+        """``ratios`` and every feed's route are guarded by ``changed`` from here on; ``key`` makes digests keyed."""
+        self._layout, self._staging, self._ratios, self._key = layout, staging, ratios, key
         self._codecs = {name: make_codec(name, layout) for name in CODECS}
         self._block_tokens = block_tokens(layout)
         self.changed = threading.Condition()
@@ -87,25 +110,33 @@ class Encoder:
         with self.changed:
             if feed.dispatch.outcome is not None:
                 return True
+            if not feed.began_at:
+                feed.began_at = time.monotonic()
             for piece in pieces or [span]:
                 if not feed.dispatch.push(piece):
                     return False
                 feed.spans.append(piece)
+                feed.queued_tokens += piece.count
             self._waiting[feed] = None
             self.changed.notify()
         return True
 
-    def acknowledge(self, feed: Feed, seqs: tuple[int, ...]) -> None:
+    def acknowledge(self, feed: Feed, acks: Acks) -> None:
         with self.changed:
-            for seq in seqs:
+            nbytes = 0
+            for seq in acks.seqs:
                 if feed.dispatch.ack(seq):
-                    self._free(feed, feed.regions.pop(seq))
+                    region = feed.regions.pop(seq)
+                    nbytes += region.nbytes
+                    self._free(feed, region)
+            feed.route.acknowledged(acks, nbytes)
             self.changed.notify()
 
     def drop(self, feed: Feed) -> None:
         """The handoff is over: frees its staging and forgets its spans. A span being gathered now ends by itself."""
         with self.changed:
             feed.spans.clear()
+            feed.queued_tokens = 0
             self._waiting.pop(feed, None)
             for region in feed.regions.values():
                 self._free(feed, region)
@@ -142,16 +173,32 @@ class Encoder:
                 for feed in self._waiting:
                     region = self._room(feed)
                     if region is not None:
-                        span = feed.spans.popleft()
-                        feed.gathering = True
-                        if not feed.spans:
-                            del self._waiting[feed]
-                        return Job(feed, span, region, time.monotonic())
+                        return self._job(feed, region, time.monotonic())
                 self.changed.wait(1.0)
             return None
 
+    def _job(self, feed: Feed, region: Region, now: float) -> Job:
+        """The feed's next span, in the codec that suits what is known now."""
+        span = feed.spans.popleft()
+        feed.queued_tokens -= span.count
+        feed.gathering = True
+        codec = feed.allowed[0] if len(feed.allowed) == 1 else self._choose(feed, span, region, now)
+        if not feed.spans:
+            del self._waiting[feed]
+        return Job(feed, span, codec, region, now)
+
+    def _choose(self, feed: Feed, span: Span, region: Region, now: float) -> str:
+        active = list(islice(self._waiting, _MOST_COUNTED))  # includes this feed
+        load = Load(encode=len(active), wire=sum(other.peer == feed.peer for other in active))
+        backlog_bytes = self._held[feed.peer] - region.nbytes
+        ahead = feed.ahead(span, self._layout, backlog_bytes=backlog_bytes, now=now)
+        choice = feed.route.choose(feed.allowed, ahead, load)
+        return "raw" if choice is None else choice.codec
+
     def _room(self, feed: Feed) -> Region | None:
-        nbytes = self._codecs[feed.codec].bound(feed.spans[0].count)
+        """For the feed's next span in any codec it may use."""
+        count = feed.spans[0].count
+        nbytes = max(self._codecs[codec].bound(count) for codec in feed.allowed)
         # One peer that acknowledges nothing must not stop the handoffs to the others.
         share = self._staging.memory.nbytes // (1 if len(self._feeds) <= 1 else 2)
         if self._held[feed.peer] and self._held[feed.peer] + nbytes > share:
@@ -167,10 +214,10 @@ class Encoder:
         keys, values = feed.gather(span.layer, span.start, span.count)
         view = self._staging.memory.view(job.region.offset, job.region.nbytes)
         after = feed.dispatch.coverage.tokens - span.start - span.count
-        nbytes = self._codecs[feed.codec].encode(keys, values, view, before=span.start, after=after)
+        nbytes = self._codecs[job.codec].encode(keys, values, view, before=span.start, after=after)
         digest = block_digest(
             view[:nbytes], request_id=feed.dispatch.request_id, epoch=feed.dispatch.epoch,
-            layout=self._layout.fingerprint, layer=span.layer, start=span.start, count=span.count, codec=feed.codec,
+            layout=self._layout.fingerprint, layer=span.layer, start=span.start, count=span.count, codec=job.codec,
             key=self._key,
         )  # fmt: skip
         return nbytes, digest
@@ -186,11 +233,12 @@ class Encoder:
             else:
                 kept = self._staging.shrink(job.region, nbytes)
                 self._held[feed.peer] -= job.region.nbytes - kept.nbytes
+                self._ratios.encoded(job.codec, span.count * self._layout.layer_token_bytes, nbytes)
                 seq = dispatch.staged(work_s=now - job.started_at, now=now)
                 feed.regions[seq] = kept
                 block = Block(
                     dispatch.request_id, dispatch.epoch, seq, span.layer, span.start, span.count,
-                    feed.codec, kept.offset, nbytes, digest,
+                    job.codec, kept.offset, nbytes, digest,
                 )  # fmt: skip
         if block is not None:
             feed.on_staged(block)

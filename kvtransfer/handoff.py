@@ -12,8 +12,11 @@ of them have landed; a message of another epoch or another peer changes nothing 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from baton.config import codecs_allowed
 from baton.errors import Overloaded
 from baton.layout import KVLayout
 from baton.request import TokenEvent
@@ -31,6 +34,7 @@ class Landed:
     land_s: float
     busy_s: float  # all encode, wire and land work, hidden or not
     bytes: int  # encoded bytes that crossed the wire
+    codec_tokens: Mapping[str, int] = field(default_factory=dict)  # (layer, token) pairs that crossed in each codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +67,19 @@ class Arrived:
     fetched_at: float
     landed_at: float
     work_s: float  # fetching, verifying, decoding and writing it
+    fetch_s: float = 0.0  # fetching alone
 
 
 class Lease:
     """One reservation of the receiver. ``peer`` numbers connections; 0 is nobody."""
 
     def __init__(
-        self, request_id: str, epoch: int, *, layout: KVLayout, tokens: int, codec: str,
+        self, request_id: str, epoch: int, *, layout: KVLayout, tokens: int, codec: str, floor: str = "exact",
         budget_s: float, limits: Limits, now: float,
     ) -> None:  # fmt: skip
+        """``codec``: of every block, or "auto" for any that ``floor`` allows."""
         self.request_id, self.epoch, self.tokens, self.codec = request_id, epoch, tokens, codec
+        self._allowed = codecs_allowed(codec, floor)
         self.peer = 0
         self.outcome: Outcome | None = None
         self._limits = limits
@@ -80,7 +87,8 @@ class Lease:
         self._renewed_at = now
         self._coverage = Coverage(layout.layers, tokens)
         self._announced = 0
-        self._pending: dict[int, int] = {}  # seq -> nbytes
+        self._pending: dict[int, Block] = {}  # by seq
+        self._codec_tokens: Counter[str] = Counter()
         self._commit: Commit | None = None
         self._committed_at = 0.0
         self._fetched_at = self._landed_at = -math.inf
@@ -105,7 +113,7 @@ class Lease:
             self.lose(f"block {block.seq} refused: {reason}")
             return False
         self._announced += 1
-        self._pending[block.seq] = block.nbytes
+        self._pending[block.seq] = block
         self._renewed_at = now
         return True
 
@@ -116,8 +124,8 @@ class Lease:
             return "it follows the commit"
         if block.seq != self._announced:
             return f"expected {self._announced}"
-        if block.codec != self.codec:
-            return f"codec {block.codec}, reserved {self.codec}"
+        if block.codec not in self._allowed:
+            return f"codec {block.codec}, reserved {', '.join(self._allowed)}"
         if not 0 < block.nbytes <= max_nbytes:
             return f"{block.nbytes} bytes, at most {max_nbytes}"
         return "" if len(block.digest) == DIGEST_BYTES else "no digest"
@@ -125,9 +133,11 @@ class Lease:
     def landed(self, arrived: Arrived, now: float) -> None:
         if self.outcome is not None:
             return
-        if self._pending.pop(arrived.seq, None) is None:
+        block = self._pending.pop(arrived.seq, None)
+        if block is None:
             self.lose(f"block {arrived.seq} landed twice")
             return
+        self._codec_tokens[block.codec] += block.count
         self._bytes += arrived.nbytes
         self._work_s += arrived.work_s
         self._fetched_at = max(self._fetched_at, arrived.fetched_at)
@@ -158,6 +168,7 @@ class Lease:
             land_s=max(0.0, self._landed_at - max(self._fetched_at, self._committed_at)),
             busy_s=commit.encode_busy_s + self._work_s,
             bytes=self._bytes,
+            codec_tokens=dict(self._codec_tokens),
         )
 
     def lose(self, reason: str) -> None:
@@ -186,8 +197,9 @@ class Leases:
         self._heard_at: dict[int, float] = {}  # by peer
 
     def reserve(
-        self, request_id: str, epoch: int, *, tokens: int, codec: str, budget_s: float, capacity: int, now: float
-    ) -> Lease:
+        self, request_id: str, epoch: int,
+        *, tokens: int, codec: str, floor: str = "exact", budget_s: float, capacity: int, now: float,
+    ) -> Lease:  # fmt: skip
         """A new lease; raises :class:`Overloaded` for the lease after ``capacity``, ValueError for a stale epoch."""
         known = self._leases.get(request_id)
         if known is not None and (known.outcome is None or known.epoch >= epoch):
@@ -195,7 +207,7 @@ class Leases:
         if self.active >= capacity:
             raise Overloaded(f"{self.active} handoffs under way, room for {capacity}", retry_after_ms=100)
         lease = self._leases[request_id] = Lease(
-            request_id, epoch, layout=self._layout, tokens=tokens, codec=codec,
+            request_id, epoch, layout=self._layout, tokens=tokens, codec=codec, floor=floor,
             budget_s=budget_s, limits=self._limits, now=now,
         )  # fmt: skip
         return lease
@@ -310,8 +322,9 @@ class Dispatch:
             self.lose("the receiver completed a handoff that is not")
             return
         self.outcome = Landed(
-            self.first, self.encode_exposed_s, complete.wire_s, complete.land_s, complete.busy_s, complete.nbytes
-        )
+            self.first, self.encode_exposed_s, complete.wire_s, complete.land_s, complete.busy_s, complete.nbytes,
+            complete.codec_tokens,
+        )  # fmt: skip
 
     def lose(self, reason: str) -> None:
         if self.outcome is None:

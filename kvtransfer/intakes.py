@@ -21,8 +21,9 @@ Send = Callable[[object], None]
 class Intake:
     """One lease and its surroundings. The landing threads report through the event loop, so only it changes a lease."""
 
-    def __init__(self, lease: Lease, write: Write, settle: Callable[[Intake], None]) -> None:
+    def __init__(self, lease: Lease, write: Write, settle: Callable[[Intake], None], under_way: set[Intake]) -> None:
         self.lease = lease
+        self._under_way = under_way
         self.over = asyncio.Event()
         self._quiet = asyncio.Event()
         self._settle = settle
@@ -36,6 +37,7 @@ class Intake:
     def begin(self, peer: int, begin: Begin, send: Send) -> None:
         if self._send is None:
             self._send = send
+            self._under_way.add(self)
         self.lease.begin(peer, begin, time.monotonic())
         self._settle(self)
 
@@ -51,7 +53,8 @@ class Intake:
 
     def arrived(self, arrived: Arrived) -> None:
         if self.lease.outcome is None:
-            self.answer(Acks(self.lease.request_id, self.lease.epoch, (arrived.seq,)))
+            acks = Acks(self.lease.request_id, self.lease.epoch, (arrived.seq,), arrived.fetch_s, len(self._under_way))
+            self.answer(acks)
         self.lease.landed(arrived, time.monotonic())
         self._settle(self)
 
@@ -77,19 +80,22 @@ class Intakes:
     def __init__(self, layout: KVLayout, limits: Limits) -> None:
         self._leases = Leases(layout, limits)
         self._intakes: dict[str, Intake] = {}
+        self._under_way: set[Intake] = set()  # begun, and not over
 
     @property
     def active(self) -> int:
         return self._leases.active
 
     def reserve(
-        self, request_id: str, epoch: int, *, tokens: int, codec: str, budget_s: float, capacity: int, write: Write
-    ) -> Intake:
+        self, request_id: str, epoch: int,
+        *, tokens: int, codec: str, floor: str, budget_s: float, capacity: int, write: Write,
+    ) -> Intake:  # fmt: skip
         """Raises :class:`Overloaded` beyond ``capacity`` leases and ValueError for a stale epoch."""
         lease = self._leases.reserve(
-            request_id, epoch, tokens=tokens, codec=codec, budget_s=budget_s, capacity=capacity, now=time.monotonic()
-        )
-        intake = self._intakes[request_id] = Intake(lease, write, self._settle)
+            request_id, epoch, tokens=tokens, codec=codec, floor=floor,
+            budget_s=budget_s, capacity=capacity, now=time.monotonic(),
+        )  # fmt: skip
+        intake = self._intakes[request_id] = Intake(lease, write, self._settle, self._under_way)
         return intake
 
     def get(self, request_id: str) -> Intake | None:
@@ -132,11 +138,14 @@ class Intakes:
         if lease.outcome is None or intake.over.is_set():
             return
         intake.over.set()
+        self._under_way.discard(intake)
         intake.landing.gate.close()
         match lease.outcome:
             case Landed() as landed:
-                intake.answer(
-                    Complete(lease.request_id, lease.epoch, landed.wire_s, landed.land_s, landed.busy_s, landed.bytes)
-                )
+                complete = Complete(
+                    lease.request_id, lease.epoch, landed.wire_s, landed.land_s, landed.busy_s, landed.bytes,
+                    dict(landed.codec_tokens),
+                )  # fmt: skip
+                intake.answer(complete)
             case Lost(reason) | Expired(reason):
                 intake.answer(Drop(lease.request_id, lease.epoch, reason))

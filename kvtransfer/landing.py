@@ -111,7 +111,9 @@ class Lander:
                 if self._land(fetched):
                     now = time.monotonic()
                     work_s = fetched.fetch_s + now - started
-                    landing.on_arrived(Arrived(block.seq, block.nbytes, fetched.fetched_at, now, work_s))
+                    landing.on_arrived(
+                        Arrived(block.seq, block.nbytes, fetched.fetched_at, now, work_s, fetched.fetch_s)
+                    )
             except CodecError as error:
                 landing.fail(f"block {block.seq}: {error}")
             except Exception as error:

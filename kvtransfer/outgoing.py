@@ -17,6 +17,7 @@ from kvtransfer.coverage import Coverage, Span
 from kvtransfer.encoder import Encoder, Feed, Gather
 from kvtransfer.handoff import Dispatch, Expired, Landed, Lost
 from kvtransfer.protocol import Acks, Begin, Block, Complete, Drop
+from kvtransfer.route import Route
 from kvtransfer.sender_link import SenderLink
 
 
@@ -24,8 +25,9 @@ class Outgoing:
     """``push``, ``finish`` and ``abort`` may be called from any thread; the rest belongs to the event loop."""
 
     def __init__(
-        self, encoder: Encoder, layout: KVLayout, ticket: Ticket,
-        *, tokens: int, budget_s: float, gather: Gather, on_over: Callable[[Outgoing], None],
+        self, encoder: Encoder, layout: KVLayout, ticket: Ticket, route: Route,
+        *, allowed: tuple[str, ...], tokens: int, budget_s: float, gather: Gather,
+        on_over: Callable[[Outgoing], None],
     ) -> None:  # fmt: skip
         self._encoder, self._ticket, self._tokens, self._on_over = encoder, ticket, tokens, on_over
         self._loop = asyncio.get_running_loop()
@@ -34,7 +36,7 @@ class Outgoing:
             ticket.request_id, ticket.epoch, Coverage(layout.layers, tokens), time.monotonic() + budget_s
         )
         self._feed = Feed(
-            self._dispatch, ticket.codec, f"{ticket.host}:{ticket.port}", gather,
+            self._dispatch, allowed, f"{ticket.host}:{ticket.port}", route, gather,
             on_staged=partial(self._post, self._announce),
             on_idle=partial(self._post, self._wake),
             on_failed=partial(self._post, self.lose),
@@ -115,7 +117,7 @@ class Outgoing:
     def received(self, record: Acks | Complete | Drop) -> None:
         match record:
             case Acks():
-                self._encoder.acknowledge(self._feed, record.seqs)
+                self._encoder.acknowledge(self._feed, record)
                 self._wake()
             case Complete():
                 with self._encoder.changed:

@@ -14,7 +14,7 @@ The sender connects and speaks first. The end of the stream is the failure signa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 
@@ -23,7 +23,7 @@ from baton.records import Registry
 from baton.request import TokenEvent
 from kvtransfer.signing import BlockKey
 
-PROTOCOL = 1
+PROTOCOL = 2
 DIGEST_BYTES = 16
 # Splitting at one MiB of raw KV keeps a block's fetch and decode near a millisecond (docs/adr/0003-landing-buffers.md).
 BLOCK_RAW_BYTES = 1 << 20
@@ -45,12 +45,32 @@ class Attach:
     layout: str  # KVLayout.fingerprint
     transport: str
     address: bytes  # the exporter's address, in the transport's own form
+    staging_bytes: int = 0  # exported at the address: what a probe may read
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSpeed:
+    """How fast the receiver decodes: see :class:`kvtransfer.chooser.Speed`."""
+
+    codec: str
+    block_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """The link as the receiver found it just now: see :class:`kvtransfer.chooser.Link`."""
+
+    latency_s: float
+    bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
     worker_id: str
     generation: str
+    decode: tuple[DecodeSpeed, ...] = ()
+    probe: Probed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +83,7 @@ class Begin:
     request_id: str
     epoch: int
     tokens: int
-    codec: str
+    codec: str  # the ticket's
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +117,8 @@ class Acks:
     request_id: str
     epoch: int
     seqs: tuple[int, ...]
+    fetch_s: float = 0.0  # what fetching them took; 0 was not timed
+    landing: int = 1  # handoffs under way at this receiver, from whomever
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +129,7 @@ class Complete:
     land_s: float
     busy_s: float  # encode + wire + land
     nbytes: int
+    codec_tokens: dict[str, int] = field(default_factory=dict)  # (layer, token) pairs that crossed in each codec
 
 
 @dataclass(frozen=True, slots=True)

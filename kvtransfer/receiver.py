@@ -8,17 +8,18 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from baton.config import CODECS, HandoffConfig
+from baton.config import AUTO, CODECS, FLOORS, HandoffConfig, codecs_within
 from baton.errors import ConfigError, Overloaded
 from baton.guard import Guard
 from baton.layout import KVLayout
 from baton.messages import Ticket
 from kvtransfer.arena import BufferPool
+from kvtransfer.codec_speeds import measure_codecs
 from kvtransfer.codecs import largest_block, make_codec
 from kvtransfer.handoff import Expired, Landed, Limits, Lost
 from kvtransfer.intakes import Intakes
 from kvtransfer.landing import Lander, Puller, Write
-from kvtransfer.protocol import CONTROL, block_tokens
+from kvtransfer.protocol import CONTROL, DecodeSpeed, block_tokens
 from kvtransfer.receiver_link import Ground, ReceiverLink
 from kvtransfer.signing import BlockKey
 from kvtransfer.transports import make_fetcher
@@ -67,10 +68,12 @@ class Receiver:
             name=f"{self._worker_id}-{self._generation}", ucx_tls=self._config.ucx_tls, tls=self._config.tls,
         )  # fmt: skip
         fetcher = await asyncio.to_thread(build)
+        measured = await asyncio.to_thread(measure_codecs, self._layout, codecs_within(self._config.quality_floor))
         self._ground = Ground(
             self._worker_id, self._generation, self._layout.fingerprint, self._config.transport, self._config.stall_s,
             self._intakes, self._codecs, block_tokens(self._layout), self._pool, fetcher,
             Lander(self._layout, self._pool, BlockKey(self._guard.key) if self._guard.key else None),
+            tuple(DecodeSpeed(one.name, one.decode.block_s, one.decode.bytes_per_s) for one in measured),
         )  # fmt: skip
         self._server = await asyncio.start_server(self._serve, self.host, 0)
         self.port = int(self._server.sockets[0].getsockname()[1])
@@ -103,23 +106,28 @@ class Receiver:
         else:
             ground.fetcher.close()
 
-    def reserve(self, request_id: str, epoch: int, *, tokens: int, codec: str, budget_s: float, write: Write) -> Ticket:
+    def reserve(
+        self, request_id: str, epoch: int,
+        *, tokens: int, codec: str, floor: str = "exact", budget_s: float, write: Write,
+    ) -> Ticket:  # fmt: skip
         """Grants a lease for one attempt; every reserved request must be released.
 
+        ``codec``: of every block, or "auto": any that ``floor`` allows, as the sender chooses block by block.
         ``write(layer, start, keys, values)`` runs on the landing thread, one call at a time, with keys and values
         [count, kv_heads, head_dim] that are valid during the call only. Blocks come in any order, each (layer, token)
         at most once. Raises :class:`Overloaded` when the landing side is saturated.
         """
         if self._ground is None:
             raise RuntimeError("the receiver is not started")
-        if tokens < 1 or codec not in self._codecs:
-            raise ValueError(f"{tokens} tokens in codec {codec!r}")
+        if tokens < 1 or codec not in (AUTO, *self._codecs) or floor not in FLOORS:
+            raise ValueError(f"{tokens} tokens in codec {codec!r} with floor {floor!r}")
         self._intakes.reserve(
-            request_id, epoch, tokens=tokens, codec=codec, budget_s=budget_s, capacity=self._capacity(), write=write
-        )
+            request_id, epoch, tokens=tokens, codec=codec, floor=floor,
+            budget_s=budget_s, capacity=self._capacity(), write=write,
+        )  # fmt: skip
         return Ticket(
             request_id, epoch, self.host, self.port, self._generation,
-            self._layout.fingerprint, codec, self._config.transport,
+            self._layout.fingerprint, codec, self._config.transport, floor,
         )  # fmt: skip
 
     def _capacity(self) -> int:

@@ -14,6 +14,8 @@ from kvtransfer.arena import BufferPool
 from kvtransfer.codecs import Codec
 from kvtransfer.intakes import Intake, Intakes
 from kvtransfer.landing import Lander, Puller
+from kvtransfer.link_meter import PROBE_BYTES
+from kvtransfer.link_probe import probe_link
 from kvtransfer.protocol import (
     PROTOCOL,
     Alive,
@@ -21,11 +23,13 @@ from kvtransfer.protocol import (
     Begin,
     Block,
     Commit,
+    DecodeSpeed,
     Drop,
+    Probed,
     Refused,
     Welcome,
 )
-from kvtransfer.transports import Fetcher, FetchLost
+from kvtransfer.transports import Fetcher, FetchLost, Source
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ class Ground:
     pool: BufferPool
     fetcher: Fetcher
     lander: Lander
+    speeds: tuple[DecodeSpeed, ...]
 
 
 class ReceiverLink:
@@ -94,10 +99,10 @@ class ReceiverLink:
         if not isinstance(attach, Attach):
             raise ProtocolError("the first record is not Attach")
         reason = self._mismatch(attach)
-        source = None
+        source = probe = None
         if not reason:
             try:
-                source = await asyncio.to_thread(ground.fetcher.connect, attach.address, ground.stall_s)
+                source, probe = await asyncio.to_thread(self._connect, attach)
             except FetchLost as error:
                 reason = str(error)
         if source is None:
@@ -110,8 +115,21 @@ class ReceiverLink:
             source, ground.pool, ground.lander, stall_s=ground.stall_s, name=attach.worker_id,
             on_broken=self._break,
         )  # fmt: skip
-        self._send(Welcome(ground.worker_id, ground.generation))
+        self._send(Welcome(ground.worker_id, ground.generation, ground.speeds, probe))
         return puller
+
+    def _connect(self, attach: Attach) -> tuple[Source, Probed | None]:
+        """Blocks. The peer's memory, and what fetching from it is like. Raises :class:`FetchLost`."""
+        ground = self._ground
+        source = ground.fetcher.connect(attach.address, ground.stall_s)
+        if attach.staging_bytes < PROBE_BYTES:
+            return source, None
+        try:
+            link = probe_link(source, ground.pool, timeout_s=ground.stall_s)
+        except FetchLost:
+            source.close()
+            raise
+        return source, None if link is None else Probed(link.latency_s, link.bytes_per_s)
 
     def _break(self, reason: str) -> None:
         """The puller's thread lost the data connection."""

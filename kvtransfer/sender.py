@@ -8,16 +8,18 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from baton.config import CODECS, HandoffConfig
+from baton.config import AUTO, CODECS, FLOORS, HandoffConfig, codecs_allowed, codecs_within
 from baton.errors import ConfigError, Overloaded
 from baton.layout import KVLayout
 from baton.messages import Ticket
 from baton.secure import ClusterKey
 from kvtransfer.arena import BufferPool
+from kvtransfer.codec_speeds import describe, measure_codecs
 from kvtransfer.codecs import largest_block, make_codec
 from kvtransfer.encoder import Encoder, Gather
 from kvtransfer.outgoing import Outgoing
-from kvtransfer.protocol import PROTOCOL, Attach
+from kvtransfer.protocol import PROTOCOL, Attach, Welcome
+from kvtransfer.route import Ratios, Route
 from kvtransfer.sender_link import SenderLink
 from kvtransfer.signing import BlockKey
 from kvtransfer.transports import Exporter, make_exporter
@@ -25,6 +27,7 @@ from kvtransfer.transports import Exporter, make_exporter
 log = logging.getLogger(__name__)
 
 MAX_HANDOFFS = 4096
+MAX_ROUTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Sender:
         self._staging = BufferPool(config.staging_bytes)
         self._outgoing: set[Outgoing] = set()
         self._links: dict[tuple[str, int, str], SenderLink] = {}  # by host, port and generation of the receiver
+        self._routes: dict[str, Route] = {}  # by host and port of the receiver, oldest first
         self._exporter: Exporter | None = None
         self._ticker: asyncio.Task[None] | None = None
 
@@ -62,9 +66,14 @@ class Sender:
             name=f"{self.worker_id}-{self.generation}", host=self._host, ucx_tls=self.config.ucx_tls, tls=self.config.tls,
         )  # fmt: skip
         self._exporter = await asyncio.to_thread(build)
-        self._encoder = Encoder(self.layout, self._staging, BlockKey(self._key) if self._key else None)
+        names = codecs_within(self.config.quality_floor)
+        measured = await asyncio.to_thread(measure_codecs, self.layout, names)
+        self._ratios = Ratios(measured)
+        self._encoder = Encoder(self.layout, self._staging, self._ratios, BlockKey(self._key) if self._key else None)
         self._ticker = asyncio.create_task(self._tick())
-        log.info("%s sends KV over %s", self.worker_id, self.config.transport)
+        log.info(
+            "%s sends KV over %s; codecs here, GB/s: %s", self.worker_id, self.config.transport, describe(measured)
+        )
 
     async def close(self) -> None:
         """Loses every handoff under way and frees everything."""
@@ -86,12 +95,13 @@ class Sender:
         """
         if len(self._outgoing) >= MAX_HANDOFFS:
             raise Overloaded(f"{MAX_HANDOFFS} handoffs under way", retry_after_ms=100)
+        mismatch = self._mismatch(ticket)
         outgoing = Outgoing(
-            self._encoder, self.layout, ticket, tokens=tokens, budget_s=budget_s, gather=gather,
-            on_over=self._outgoing.discard,
+            self._encoder, self.layout, ticket, self._route(ticket),
+            allowed=() if mismatch else codecs_allowed(ticket.codec, ticket.floor),
+            tokens=tokens, budget_s=budget_s, gather=gather, on_over=self._outgoing.discard,
         )  # fmt: skip
         self._outgoing.add(outgoing)
-        mismatch = self._mismatch(ticket)
         if mismatch:
             outgoing.lose(mismatch)
         else:
@@ -107,13 +117,32 @@ class Sender:
                 raise RuntimeError("the sender is not started")
             attach = Attach(
                 PROTOCOL, self.worker_id, self.generation, ticket.generation, self.layout.fingerprint,
-                self.config.transport, self._exporter.address(),
+                self.config.transport, self._exporter.address(), self._staging.memory.nbytes,
             )  # fmt: skip
             link = self._links[key] = SenderLink(
                 ticket.host, ticket.port, attach,
-                stall_s=self.config.stall_s, on_end=partial(self._unlink, key), key=self._key,
+                stall_s=self.config.stall_s, on_end=partial(self._unlink, key),
+                on_welcome=partial(self._welcomed, self._route(ticket)), key=self._key,
             )  # fmt: skip
         return link
+
+    def _route(self, ticket: Ticket) -> Route:
+        """What is known of the way to the ticket's receiver, through all its generations."""
+        peer = f"{ticket.host}:{ticket.port}"
+        route = self._routes.pop(peer, None) or Route(self._ratios)
+        self._routes[peer] = route
+        while len(self._routes) > MAX_ROUTES:
+            del self._routes[next(iter(self._routes))]
+        return route
+
+    def _welcomed(self, route: Route, welcome: Welcome) -> None:
+        with self._encoder.changed:
+            route.welcomed(welcome)
+        if welcome.probe is not None:
+            log.info(
+                "%s reaches %s at %.2f GB/s, %.3f ms a fetch", self.worker_id, welcome.worker_id,
+                welcome.probe.bytes_per_s / 1e9, welcome.probe.latency_s * 1e3,
+            )  # fmt: skip
 
     def _unlink(self, key: tuple[str, int, str], link: SenderLink) -> None:
         if self._links.get(key) is link:  # a broken link may have been replaced before it ended
@@ -124,7 +153,9 @@ class Sender:
             return f"KV layout {ticket.layout} is not this worker's {self.layout.fingerprint}"
         if ticket.transport != self.config.transport:
             return f"transport {ticket.transport} is not this worker's {self.config.transport}"
-        return "" if ticket.codec in CODECS else f"codec {ticket.codec!r}"
+        if ticket.codec not in (AUTO, *CODECS) or ticket.floor not in FLOORS:
+            return f"codec {ticket.codec!r} with floor {ticket.floor!r}"
+        return ""
 
     def stats(self) -> SenderStats:
         staging = self._staging.stats()

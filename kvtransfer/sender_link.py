@@ -40,10 +40,11 @@ class SenderLink:
 
     def __init__(
         self, host: str, port: int, attach: Attach,
-        *, stall_s: float, on_end: Callable[[SenderLink], None], key: ClusterKey | None = None,
+        *, stall_s: float, on_end: Callable[[SenderLink], None],
+        on_welcome: Callable[[Welcome], None], key: ClusterKey | None = None,
     ) -> None:  # fmt: skip
         self._host, self._port, self._attach, self._stall_s, self._on_end = host, port, attach, stall_s, on_end
-        self._key = key
+        self._key, self._on_welcome = key, on_welcome
         self._riders: dict[tuple[str, int], Rider] = {}
         self._stream: FrameStream | None = None
         self._welcome = False
@@ -133,6 +134,7 @@ class SenderLink:
             raise Unavailable("decode worker did not answer") from None
         match answer:
             case Welcome(generation=self._attach.receiver_generation):
+                self._on_welcome(answer)
                 self._welcome = True
                 self._heard_at = self._progress_at = time.monotonic()
                 for rider in list(self._riders.values()):

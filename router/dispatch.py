@@ -28,9 +28,10 @@ class Run:
     """What the router knows of one request under way. Times are monotonic seconds of this process."""
 
     work: Work
-    codec: str
+    codec: str  # or "auto": any that the floor allows
     arrived_s: float
     deadline_s: float
+    floor: str = "exact"
     dispatched_s: float = 0.0
     first_token_s: float = 0.0
     first_decode_s: float = 0.0
@@ -38,6 +39,7 @@ class Run:
     stages: dict[str, float] = field(default_factory=dict)
     transfer_busy_s: float = 0.0
     transfer_bytes: int = 0
+    codec_tokens: dict[str, int] = field(default_factory=dict)
     transport: str = ""
     inbox: asyncio.Queue[tuple[Role, object]] = field(default_factory=asyncio.Queue)
 
@@ -60,6 +62,7 @@ class Run:
         self.stages.update(report.stages)
         self.transfer_busy_s += report.transfer_busy_s
         self.transfer_bytes += report.transfer_bytes
+        self.codec_tokens.update(report.codec_tokens)
 
     def arrived(self, role: Role) -> None:
         """Tokens came from a worker of ``role``."""
@@ -74,13 +77,12 @@ class Run:
         measured = self.stages | {"admit": max(0.0, self.dispatched_s - self.arrived_s)}
         if self.first_decode_s:
             measured["decode"] = measured.get("decode", 0.0) + self.last_token_s - self.first_decode_s
-        handed_over = bool(self.transport)
         return ledger.Ledger(
             total_s=total_s,
             stages=ledger.close(total_s, measured),
             transfer_busy_s=self.transfer_busy_s,
             transfer_bytes=self.transfer_bytes,
-            codec=self.codec if handed_over else "",
+            codec=ledger.blend(self.codec_tokens),
             transport=self.transport,
         )
 
@@ -115,7 +117,7 @@ class Dispatcher:
             decode = self._choose_decode(len(work.prompt))
             held.enter_context(decode.attached(request_id, run.sink, len(work.prompt)))
             if self._disaggregated:
-                decode.send(Reserve(run.remaining(), epoch=0, codec=run.codec))
+                decode.send(Reserve(run.remaining(), epoch=0, codec=run.codec, floor=run.floor))
                 ticket = await self._granted(run)
                 prefill = self._choose_prefill()
                 held.enter_context(prefill.attached(request_id, run.sink, len(work.prompt)))

@@ -129,7 +129,7 @@ class InferenceService:
     async def _respond(self, parsed: validate.ParsedRequest, arrived_s: float) -> AsyncGenerator[pb.GenerateResponse]:
         """Dispatches and assembles: one response per batch of tokens, the last one with usage and ledger."""
         work = parsed.work(f"{self._router_id}-{secrets.token_hex(8)}")  # clients may reuse their ids, workers may not
-        run = Run(work, parsed.codec, arrived_s, deadline_s=arrived_s + work.budget_s)
+        run = Run(work, parsed.codec, arrived_s, floor=parsed.floor, deadline_s=arrived_s + work.budget_s)
         assembler = respond.Assembler(parsed, self._tokenizer, model=self._config.model.id)
         try:
             async with aclosing(self._dispatcher.stream(run)) as batches:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baton.config import CODECS, FLOORS, LOSS, Config
+from baton.config import AUTO, CODECS, FLOORS, LOSS, Config, codecs_within
 from baton.errors import DeadlineExceeded, InvalidRequest, NotFound
 from baton.request import Sampling, Work
 from baton.wire import inference_pb2 as pb
@@ -63,7 +63,8 @@ class ParsedRequest:
     stop: tuple[str, ...]
     priority: int
     budget_s: float
-    codec: str
+    codec: str  # or "auto": any that the floor allows
+    floor: str = "exact"
 
     def work(self, request_id: str) -> Work:
         """What workers compute, under the id that they know the request by."""
@@ -89,7 +90,8 @@ def parse(
     request_id = _request_id(request, seed)
     _check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     budget_s = _budget_s(request, limits, grpc_remaining_s)
-    codec = _codec(request.handoff, limits)
+    floor = _floor(request.handoff, limits)
+    codec = _codec(request.handoff, limits, floor)
     _check_sampling(request.sampling, tokenizer.vocab_size)
     prompt = _prompt(request, limits, tokenizer)
     return ParsedRequest(
@@ -100,6 +102,7 @@ def parse(
         priority=request.priority,
         budget_s=budget_s,
         codec=codec,
+        floor=floor,
     )
 
 
@@ -155,21 +158,26 @@ def _budget_s(request: pb.GenerateRequest, limits: Limits, grpc_remaining_s: flo
     return budget_s
 
 
-def _codec(handoff: pb.Handoff, limits: Limits) -> str:
-    if handoff.codec and handoff.codec not in CODECS:
-        raise InvalidRequest("handoff.codec", f"unknown codec {_shown(handoff.codec)}; known: {', '.join(CODECS)}")
+def _floor(handoff: pb.Handoff, limits: Limits) -> str:
+    """The stricter of the request's and the deployment's."""
     if handoff.quality_floor and handoff.quality_floor not in FLOORS:
         known = ", ".join(FLOORS)
         raise InvalidRequest("handoff.quality_floor", f"unknown floor {_shown(handoff.quality_floor)}; known: {known}")
-    floor = min(handoff.quality_floor or limits.quality_floor, limits.quality_floor, key=FLOORS.index)
-    most = FLOORS.index(floor)
+    return min(handoff.quality_floor or limits.quality_floor, limits.quality_floor, key=FLOORS.index)
+
+
+def _codec(handoff: pb.Handoff, limits: Limits, floor: str) -> str:
+    known = (AUTO, *CODECS)
+    if handoff.codec and handoff.codec not in known:
+        raise InvalidRequest("handoff.codec", f"unknown codec {_shown(handoff.codec)}; known: {', '.join(known)}")
+    allowed = (AUTO, *codecs_within(floor))
     if not handoff.codec:
-        return limits.codec if LOSS[limits.codec] <= most else "lossless"
-    if LOSS[handoff.codec] > most:
-        allowed = ", ".join(codec for codec in CODECS if LOSS[codec] <= most)
+        return limits.codec if limits.codec in allowed else "lossless"
+    if handoff.codec not in allowed:
         whose = "deployment's" if LOSS[handoff.codec] > FLOORS.index(limits.quality_floor) else "request's"
         raise InvalidRequest(
-            "handoff.codec", f"{handoff.codec!r} is below the {whose} quality floor {floor!r}; allowed: {allowed}"
+            "handoff.codec",
+            f"{handoff.codec!r} is below the {whose} quality floor {floor!r}; allowed: {', '.join(allowed)}",
         )
     return handoff.codec
 

@@ -105,7 +105,7 @@ def test_work_is_what_workers_need(parsed: Parsed) -> None:
 
 def test_limits_of_a_configuration() -> None:
     assert Limits.of(Config(), context_tokens=100) == Limits(
-        "smollm2-135m-instruct", 100, 4 << 20, 600.0, "lossless", "exact"
+        "smollm2-135m-instruct", 100, 4 << 20, 600.0, "auto", "exact"
     )
 
 
@@ -181,7 +181,7 @@ OUTSIDE: list[tuple[pb.GenerateRequest, str, str]] = [
     (
         pb.GenerateRequest(prompt="x", handoff=pb.Handoff(codec="zip")),
         "handoff.codec",
-        f"unknown codec 'zip'; known: {', '.join(CODECS)}",
+        f"unknown codec 'zip'; known: auto, {', '.join(CODECS)}",
     ),
     (
         pb.GenerateRequest(prompt="x", handoff=pb.Handoff(quality_floor="poor")),
@@ -191,7 +191,7 @@ OUTSIDE: list[tuple[pb.GenerateRequest, str, str]] = [
     (
         pb.GenerateRequest(prompt="x", handoff=pb.Handoff(codec="int8")),
         "handoff.codec",
-        "'int8' is below the deployment's quality floor 'exact'; allowed: raw, lossless",
+        "'int8' is below the deployment's quality floor 'exact'; allowed: auto, raw, lossless",
     ),
 ]
 
@@ -332,6 +332,10 @@ def test_a_deadline_in_the_past(parsed: Parsed, remaining_s: float) -> None:
         (("int8", "int8"), ("", "exact"), "lossless"),
         (("lossless", "int8"), ("int8", ""), "int8"),
         (("lossless", "int8"), ("int8", "int8"), "int8"),
+        (("auto", "exact"), ("", ""), "auto"),
+        (("auto", "int8"), ("", "exact"), "auto"),
+        (("auto", "exact"), ("raw", ""), "raw"),
+        (("raw", "exact"), ("auto", ""), "auto"),
     ],
 )
 def test_codec_and_quality_floor(
@@ -353,7 +357,19 @@ def test_a_codec_below_a_floor_is_refused(
     request = pb.GenerateRequest(prompt="x", handoff=pb.Handoff(codec="int8", quality_floor=asked_floor))
     error = refusal(parsed, request, limits=limits)
     assert error.field == "handoff.codec"
-    assert error.message == f"'int8' is below the {whose} quality floor 'exact'; allowed: raw, lossless"
+    assert error.message == f"'int8' is below the {whose} quality floor 'exact'; allowed: auto, raw, lossless"
+
+
+@pytest.mark.parametrize(
+    ("deployed", "asked", "used"),
+    [("exact", "", "exact"), ("exact", "int4", "exact"), ("int4", "int8", "int8"), ("int4", "int2", "int4")],
+)
+def test_the_stricter_floor_travels_with_the_request(
+    parsed: Parsed, limits: Limits, deployed: str, asked: str, used: str
+) -> None:
+    limits = dataclasses.replace(limits, codec="auto", quality_floor=deployed)
+    request = pb.GenerateRequest(prompt="x", handoff=pb.Handoff(quality_floor=asked))
+    assert parsed(request, limits).floor == used
 
 
 def test_every_configured_codec_has_a_known_loss() -> None:

@@ -10,8 +10,11 @@ from kvtransfer.arena import BufferPool
 from kvtransfer.coverage import Coverage, Span
 from kvtransfer.encoder import Encoder, Feed
 from kvtransfer.handoff import Dispatch, Lost
+from kvtransfer.protocol import Acks
+from kvtransfer.route import Ratios, Route
 
 LAYOUT = KVLayout("m", 64, 1, 16, "float32")  # 128 bytes a token and layer
+RATIOS = Ratios([])
 SPAN_BYTES = 8 * LAYOUT.layer_token_bytes
 
 
@@ -38,7 +41,7 @@ def staging():
 
 @pytest.fixture
 def encoder(staging):
-    encoder = Encoder(LAYOUT, staging)
+    encoder = Encoder(LAYOUT, staging, RATIOS)
     yield encoder
     encoder.close()
     assert staging.stats().used_bytes == 0
@@ -47,7 +50,7 @@ def encoder(staging):
 def feed(encoder, peer, gather=None):
     kv = torch.zeros(8, 1, 16)
     made = Feed(
-        Dispatch(peer, 1, Coverage(64, 8), 1e9), "raw", peer, gather or (lambda *_: (kv, kv)),
+        Dispatch(peer, 1, Coverage(64, 8), 1e9), ("raw",), peer, Route(RATIOS), gather or (lambda *_: (kv, kv)),
         on_staged=Staged(), on_idle=lambda: None, on_failed=lambda reason: None,
     )  # fmt: skip
     encoder.add(made)
@@ -68,7 +71,7 @@ def test_a_peer_that_acknowledges_nothing_leaves_room_for_others(encoder, stagin
     push(encoder, quick, range(20))
     for seq in range(20):
         quick.on_staged.wait(seq + 1)
-        encoder.acknowledge(quick, (seq,))
+        encoder.acknowledge(quick, Acks("quick", 1, (seq,)))
     assert len(silent.on_staged.blocks) == 4  # half of the staging
     encoder.drop(quick)
     silent.on_staged.wait(8)  # alone again, it may have all of it
@@ -102,10 +105,10 @@ def test_what_is_dropped_while_it_is_gathered_frees_its_room(encoder, staging):
 
 def test_a_large_push_is_cut_into_blocks():
     layout = KVLayout("m", 1, 8, 128, "float32")  # 8 KiB a token and layer: 128 tokens a block
-    encoder = Encoder(layout, BufferPool(8 << 20))
+    encoder = Encoder(layout, BufferPool(8 << 20), RATIOS)
     kv = torch.zeros(300, 8, 128)
     big = Feed(
-        Dispatch("r", 1, Coverage(1, 300), 1e9), "raw", "peer",
+        Dispatch("r", 1, Coverage(1, 300), 1e9), ("raw",), "peer", Route(RATIOS),
         lambda layer, start, count: (kv[start : start + count], kv[start : start + count]),
         on_staged=Staged(), on_idle=lambda: None, on_failed=lambda reason: None,
     )  # fmt: skip

@@ -53,7 +53,9 @@ def test_a_lease_lands_when_the_last_block_does(sending):
     sending.commit(commit(), 5.0)
     assert sending.outcome is None
     sending.landed(arrived(0, fetched_at=6.0, landed_at=7.0), 9.0)
-    assert sending.outcome == Landed(FIRST, encode_s=0.25, wire_s=1.0, land_s=3.0, busy_s=0.75, bytes=128)
+    assert sending.outcome == Landed(
+        FIRST, encode_s=0.25, wire_s=1.0, land_s=3.0, busy_s=0.75, bytes=128, codec_tokens={"raw": 16}
+    )
 
 
 def test_what_landed_before_the_commit_was_hidden(sending):
@@ -84,6 +86,29 @@ def test_a_wrong_block_loses_the_handoff(sending, wrong, reason):
     assert announce(sending, wrong) == [False]
     assert isinstance(sending.outcome, Lost)
     assert re.search(reason, sending.outcome.reason)
+
+
+@pytest.mark.parametrize(("floor", "refused"), [("exact", "int8"), ("int8", "int6"), ("int6", "int2-zstd")])
+def test_auto_takes_any_codec_that_the_floor_allows(floor, refused):
+    lease = Lease("r", 1, layout=LAYOUT, tokens=8, codec="auto", floor=floor, budget_s=9.0, limits=LIMITS, now=0.0)
+    lease.begin(7, dataclasses.replace(BEGIN, codec="auto"), 0.0)
+    assert announce(lease, block(0, 0, count=3), block(1, 0, 3, 5, codec="lossless")) == [True, True]
+    lease.landed(arrived(1), 1.0)
+    lease.landed(arrived(0), 1.0)
+    assert announce(lease, block(2, 1, codec=refused)) == [False]
+    assert lease.outcome is not None
+    assert f"codec {refused}, reserved raw, lossless" in lease.outcome.reason
+
+
+def test_what_landed_says_which_codec_carried_how_much():
+    lease = Lease("r", 1, layout=LAYOUT, tokens=8, codec="auto", floor="exact", budget_s=9.0, limits=LIMITS, now=0.0)
+    lease.begin(7, dataclasses.replace(BEGIN, codec="auto"), 0.0)
+    announce(lease, block(0, 0, count=3), block(1, 0, 3, 5, codec="lossless"), block(2, 1))
+    lease.commit(commit(3), 0.0)
+    for seq in range(3):
+        lease.landed(arrived(seq), 1.0)
+    assert isinstance(lease.outcome, Landed)
+    assert lease.outcome.codec_tokens == {"raw": 11, "lossless": 5}
 
 
 def test_a_block_needs_a_beginning_and_precedes_the_commit(lease):

@@ -1,0 +1,207 @@
+"""Which codec a block crosses in, decided purely: measured speeds go in, a choice comes out that carries its reasons.
+
+    V    raw bytes still to go, in n blocks     r      a codec's compression ratio
+    E    seconds to encode all of them          B, l   the link's bytes per second, and seconds per fetch
+    D    seconds to decode and write them       K      bytes encoded before and not fetched yet
+    P    seconds until prefill is done          W    = n l + V / (r B)
+
+Encode, wire and decode run at once, each on one block, and prefill runs beside them. From now the last block has landed
+after
+
+    T = (E + W + D) / n + max(P, (1 - 1/n) E, K/B + (1 - 1/n) W, (1 - 1/n) D)
+
+of which T - P is exposed: what the slowest stage falls behind prefill, and the last block's own way through all three.
+A codec pays where it makes T smaller, and raw wins where the link is not what everything waits for. E, W and D are
+multiplied by the handoffs that share the encoder, the link and the decoder.
+
+The choice minimises ``(1 + STEP_PRICE * loss) T`` over the codecs that land within the slack; where none does, T. Raw
+is always a candidate and has no price, so that by this model no choice is slower than raw. Of two codecs the one that
+compresses more and is slower to encode and to decode wins on every link slower than one on which it wins, unless it
+is the less lossy one (docs/adr/0009-codec-chooser.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+STEP_PRICE = 0.01  # each step down the quality floors has to save this share of the time
+SLOWEST, FASTEST = 1e4, 1e13  # bytes per second between which break-evens are looked for
+_STEPS_PER_DECADE = 20
+_BISECTIONS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One stage's seconds: ``block_s`` for each block whatever its size, and ``bytes_per_s`` of raw KV."""
+
+    block_s: float
+    bytes_per_s: float
+
+    def seconds(self, blocks: int, nbytes: int) -> float:
+        return blocks * self.block_s + nbytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A codec as measured. ``loss``: how far down the quality floors it lies (``baton.config.LOSS``)."""
+
+    name: str
+    ratio: float
+    encode: Speed
+    decode: Speed
+    loss: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    bytes_per_s: float
+    latency_s: float  # of one fetch, whatever its size
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What one handoff still has to do, from the block in hand to its last."""
+
+    raw_bytes: int
+    blocks: int
+    backlog_bytes: int = 0  # encoded for the same receiver, not fetched yet
+    prefill_s: float = 0.0  # until the last block is computed
+    slack_s: float = math.inf  # until the deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Handoffs that share each stage, this one included."""
+
+    encode: int = 1
+    wire: int = 1
+    decode: int = 1
+
+
+ALONE = Load()
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one codec would cost. ``total_s`` is T above, the stages are whole, ``score`` is what is minimised."""
+
+    codec: Candidate
+    encode_s: float
+    wire_s: float
+    decode_s: float
+    total_s: float
+    exposed_s: float
+    score: float
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that takes longest."""
+        stages = {"encode": self.encode_s, "wire": self.wire_s, "decode": self.decode_s}
+        return max(stages, key=stages.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """``estimates`` are in the candidates' order."""
+
+    best: Estimate
+    estimates: tuple[Estimate, ...]
+    slack_s: float
+
+    @property
+    def codec(self) -> str:
+        return self.best.codec.name
+
+    def why(self) -> str:
+        """One sentence with the numbers that decided."""
+        best = self.best
+        text = f"{self.codec} exposes {_ms(best.exposed_s)}, most of it {best.bottleneck}"
+        others = [other for other in self.estimates if other is not best]
+        if others:
+            next_best = min(others, key=lambda other: other.score)
+            text += f"; next is {next_best.codec.name} with {_ms(next_best.exposed_s)}, {self._held_back(next_best)}"
+        if best.total_s > self.slack_s:
+            text += f"; the deadline in {_ms(self.slack_s)} is out of reach"
+        return text
+
+    def _held_back(self, other: Estimate) -> str:
+        """What speaks against ``other``."""
+        if other.total_s > self.slack_s >= self.best.total_s:
+            return "which misses the deadline"
+        if other.exposed_s <= self.best.exposed_s:
+            return "too little gained for its loss"
+        return f"most of it {other.bottleneck}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def estimate(codec: Candidate, link: Link, ahead: Ahead, load: Load) -> Estimate:
+    """The module's formula for one codec."""
+    n, raw = ahead.blocks, ahead.raw_bytes
+    encode_s = load.encode * codec.encode.seconds(n, raw)
+    wire_s = load.wire * (n * link.latency_s + raw / (codec.ratio * link.bytes_per_s))
+    decode_s = load.decode * codec.decode.seconds(n, raw)
+    but_one = 1 - 1 / n
+    backlog_s = ahead.backlog_bytes / link.bytes_per_s
+    behind_s = max(ahead.prefill_s, but_one * encode_s, backlog_s + but_one * wire_s, but_one * decode_s)
+    total_s = (encode_s + wire_s + decode_s) / n + behind_s
+    score = (1 + STEP_PRICE * codec.loss) * total_s
+    return Estimate(codec, encode_s, wire_s, decode_s, total_s, total_s - ahead.prefill_s, score)
+
+
+def choose(candidates: Sequence[Candidate], link: Link, ahead: Ahead, load: Load = ALONE) -> Choice:
+    """The codec for the block in hand. ``candidates``: all that are allowed, at least one; ahead.blocks at least 1."""
+    estimates = tuple(estimate(codec, link, ahead, load) for codec in candidates)
+    in_time = [one for one in estimates if one.total_s <= ahead.slack_s]
+    best = min(in_time, key=lambda one: one.score) if in_time else min(estimates, key=lambda one: one.total_s)
+    return Choice(best, estimates, ahead.slack_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """``codec`` is chosen on links of up to ``below_bytes_per_s``, from where the regime before it ends."""
+
+    codec: str
+    below_bytes_per_s: float
+
+
+def regimes(candidates: Sequence[Candidate], latency_s: float, ahead: Ahead, load: Load = ALONE) -> list[Regime]:
+    """Which codec is chosen at which bandwidth, slowest first; the last one reaches to infinity."""
+
+    def pick(bytes_per_s: float) -> str:
+        return choose(candidates, Link(bytes_per_s, latency_s), ahead, load).codec
+
+    decades = math.log10(FASTEST / SLOWEST)
+    grid = [SLOWEST * 10 ** (at / _STEPS_PER_DECADE) for at in range(round(decades * _STEPS_PER_DECADE) + 1)]
+    picks = [pick(at) for at in grid]
+    found = [
+        Regime(before, _edge(before, pick, slow, fast))
+        for before, after, slow, fast in zip(picks, picks[1:], grid, grid[1:], strict=False)
+        if before != after
+    ]
+    return [*found, Regime(picks[-1], math.inf)]
+
+
+def pays_below(codec: Candidate, raw: Candidate, latency_s: float, ahead: Ahead, load: Load = ALONE) -> float:
+    """Bytes per second below which ``codec`` lands sooner than ``raw``: 0 for never, infinity for always."""
+
+    def faster(bytes_per_s: float) -> str:
+        link = Link(bytes_per_s, latency_s)
+        gains = estimate(codec, link, ahead, load).total_s < estimate(raw, link, ahead, load).total_s
+        return codec.name if gains else raw.name
+
+    if faster(SLOWEST) == raw.name:
+        return 0.0
+    return math.inf if faster(FASTEST) == codec.name else _edge(codec.name, faster, SLOWEST, FASTEST)
+
+
+def _edge(name: str, pick: Callable[[float], str], slow: float, fast: float) -> float:
+    """The bandwidth above ``slow``, and below ``fast``, at which ``pick`` stops saying ``name``."""
+    for _ in range(_BISECTIONS):
+        middle = math.sqrt(slow * fast)
+        slow, fast = (middle, fast) if pick(middle) == name else (slow, middle)
+    return slow

@@ -1,0 +1,80 @@
+"""What a sender knows of the way to one receiver, and the codec it picks there.
+
+Not pure: it remembers. Whoever shares one between threads guards it with a lock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from baton.errors import ProtocolError
+from kvtransfer.chooser import Ahead, Candidate, Choice, Link, Load, Speed, choose
+from kvtransfer.link_meter import LinkMeter
+from kvtransfer.protocol import Acks, DecodeSpeed, Welcome
+
+_RATIO_SHARE = 1 / 8  # of the newest block in a codec's running ratio
+_RATIO_MOVED = 0.01
+
+
+class Ratios:
+    """How much each codec really shrank this worker's blocks, whoever they were for."""
+
+    def __init__(self, measured: Sequence[Candidate]) -> None:
+        self.candidates = {one.name: one for one in measured}
+        self._running = {one.name: one.ratio for one in measured}
+
+    def encoded(self, codec: str, raw_bytes: int, nbytes: int) -> None:
+        known = self.candidates.get(codec)
+        if known is None:
+            return
+        running = self._running[codec] = self._running[codec] + _RATIO_SHARE * (
+            raw_bytes / nbytes - self._running[codec]
+        )
+        if abs(running - known.ratio) > _RATIO_MOVED * known.ratio:
+            self.candidates[codec] = replace(known, ratio=running)
+
+
+class Route:
+    """To one receiver. ``ratios`` are shared by all routes of a sender."""
+
+    def __init__(self, ratios: Ratios) -> None:
+        self._ratios = ratios
+        self._meter = LinkMeter()
+        self._decode: dict[str, Speed] = {}  # empty: as fast as this machine
+        self._landing = 1
+
+    @property
+    def link(self) -> Link:
+        return self._meter.link()
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """The receiver's speeds and its probe of the link. Raises :class:`ProtocolError` for ones that cannot be."""
+        speeds = {one.codec: Speed(one.block_s, one.bytes_per_s) for one in welcome.decode}
+        for said in (*welcome.decode, *([] if welcome.probe is None else [welcome.probe])):
+            start_s = said.block_s if isinstance(said, DecodeSpeed) else said.latency_s
+            if not (0.0 < said.bytes_per_s < math.inf and 0.0 <= start_s < math.inf):
+                raise ProtocolError(f"Welcome: {said}")
+        self._decode = speeds
+        if welcome.probe is not None:
+            self._meter.probed(Link(welcome.probe.bytes_per_s, welcome.probe.latency_s))
+
+    def acknowledged(self, acks: Acks, nbytes: int) -> None:
+        """Blocks of ``nbytes`` in all have landed there."""
+        self._landing = max(1, acks.landing)
+        self._meter.fetched(nbytes, acks.fetch_s)
+
+    def choose(self, allowed: Collection[str], ahead: Ahead, load: Load) -> Choice | None:
+        """The codec for one block; None when none of ``allowed`` was measured at both ends."""
+        candidates = [
+            self._there(one)
+            for name, one in self._ratios.candidates.items()
+            if name in allowed and (not self._decode or name in self._decode)
+        ]
+        if not candidates:
+            return None
+        return choose(candidates, self._meter.link(), ahead, replace(load, decode=self._landing))
+
+    def _there(self, candidate: Candidate) -> Candidate:
+        return replace(candidate, decode=self._decode[candidate.name]) if self._decode else candidate
