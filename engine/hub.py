@@ -73,6 +73,22 @@ def resolve(model_id: str, cache_dir: str | Path, progress: Progress | None = No
     raise _unknown(model_id)
 
 
+def find(model_id: str, cache_dir: str | Path) -> Path | None:
+    """The folder that :func:`resolve` would return without fetching or converting; None when it would have to."""
+    cache = Path(cache_dir).expanduser()
+    embedded = EMBEDDED.get(model_id.strip().lower().replace("_", "-"))
+    local = Path(model_id).expanduser()
+    if embedded is not None:
+        folder = cache / _embedded_name(embedded)
+    elif local.suffix == ".gguf" and local.is_file():
+        folder = cache / _gguf_name(local)
+    elif local.is_dir() or not _HUB_ID.fullmatch(model_id):
+        return resolve(model_id, cache_dir)  # which fetches nothing then, or says what is wrong
+    else:
+        return _find_hub(model_id)
+    return folder if folder.is_dir() else None
+
+
 def describe(folder: str | Path) -> str:
     """16 hex digits that identify the weights: config, tensor files' names and sizes, and samples of their bytes."""
     folder = Path(folder)
@@ -91,21 +107,28 @@ def describe(folder: str | Path) -> str:
 
 
 def _resolve_embedded(model: Embedded, cache: Path, report: Progress) -> Path:
-    name = f"{Path(model.member).stem}-{model.sha256[:12]}-v{gguf_convert.VERSION}"
-    with Once(cache, name) as once:
+    with Once(cache, _embedded_name(model)) as once:
         if once.work is not None:
             file = _fetch(model, once.work.parent, report)
             gguf_convert.convert(file, once.work, report)
     return once.folder
 
 
+def _embedded_name(model: Embedded) -> str:
+    return f"{Path(model.member).stem}-{model.sha256[:12]}-v{gguf_convert.VERSION}"
+
+
 def _resolve_gguf(file: Path, cache: Path, report: Progress) -> Path:
-    state = file.stat()
-    key = hashlib.blake2b(f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode(), digest_size=6).hexdigest()
-    with Once(cache, f"{file.stem}-{key}-v{gguf_convert.VERSION}") as once:
+    with Once(cache, _gguf_name(file)) as once:
         if once.work is not None:
             gguf_convert.convert(file, once.work, report)
     return once.folder
+
+
+def _gguf_name(file: Path) -> str:
+    state = file.stat()
+    key = hashlib.blake2b(f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode(), digest_size=6).hexdigest()
+    return f"{file.stem}-{key}-v{gguf_convert.VERSION}"
 
 
 def _resolve_hub(model_id: str, report: Progress) -> Path:
@@ -122,6 +145,20 @@ def _resolve_hub(model_id: str, report: Progress) -> Path:
         raise NotFound("model", f"{model_id} cannot be fetched from the hub ({reason}); {_choices()}") from None
     report(f"fetched {model_id}", 1.0)
     return folder
+
+
+def _find_hub(model_id: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT, local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def _unknown(model_id: str) -> NotFound:

@@ -34,7 +34,7 @@ from kvtransfer.outgoing import Outgoing
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 
-MAX_PROBE_BYTES = 64 << 20  # of KV before encoding, unless fewer than MIN_TOKENS need more
+MAX_PROBE_BYTES = 64 << 20  # of KV before encoding; MIN_TOKENS are handed over in any case
 MAX_BUDGET_S = 30.0
 LATENCY_ROUNDS = 4  # tokens handed over one by one, after the first, which pays for connecting
 MIN_TOKENS = LATENCY_ROUNDS + 2
@@ -89,9 +89,8 @@ class Probes:
 
     def _check(self, probe: Probe) -> None:
         """Raises :class:`InvalidRequest` or :class:`Overloaded`."""
-        most = max(MIN_TOKENS, MAX_PROBE_BYTES // self._layout.token_bytes)
-        if not MIN_TOKENS <= probe.tokens <= most:
-            raise InvalidRequest("tokens", f"is {probe.tokens}, allowed: {MIN_TOKENS} to {most}")
+        if not 0 < probe.kv_bytes <= MAX_PROBE_BYTES:
+            raise InvalidRequest("kv_bytes", f"is {probe.kv_bytes}, allowed: 1 to {MAX_PROBE_BYTES}")
         if probe.codec not in CODECS:
             raise InvalidRequest("codec", f"is {probe.codec!r}, allowed: {', '.join(CODECS)}")
         if not 0.0 < probe.budget_s <= MAX_BUDGET_S:
@@ -101,12 +100,13 @@ class Probes:
             raise Overloaded(reason, retry_after_ms=500)
 
     async def _land(self, link: FrameStream, probe: Probe) -> ProbeLanded:
-        pattern = Pattern(self._layout, probe.tokens)
+        tokens = self._tokens(probe)
+        pattern = Pattern(self._layout, tokens)
         async with self._receiving() as receiver:
             tcp_before = await asyncio.to_thread(tcp_received)
             try:
                 ticket = receiver.reserve(
-                    probe.request_id, 1, tokens=probe.tokens, codec=probe.codec,
+                    probe.request_id, 1, tokens=tokens, codec=probe.codec,
                     budget_s=probe.budget_s, write=pattern.compare,
                 )  # fmt: skip
             except ValueError as error:
@@ -122,20 +122,24 @@ class Probes:
             )
 
     async def _send(self, probe: Probe, ticket: Ticket) -> ProbeSent:
-        pattern = Pattern(self._layout, probe.tokens)
+        tokens = self._tokens(probe)
+        pattern = Pattern(self._layout, tokens)
         async with self._sending() as sender:
-            outgoing = sender.open(ticket, tokens=probe.tokens, budget_s=probe.budget_s, gather=pattern.gather)
+            outgoing = sender.open(ticket, tokens=tokens, budget_s=probe.budget_s, gather=pattern.gather)
             try:
                 setup_s = await self._round(outgoing, 0, 1)
                 rounds = [await self._round(outgoing, start, 1) for start in range(1, 1 + LATENCY_ROUNDS)]
                 start = 1 + LATENCY_ROUNDS
-                seconds = await self._round(outgoing, start, probe.tokens - start)
+                seconds = await self._round(outgoing, start, tokens - start)
                 outgoing.finish(TokenEvent(probe.request_id, 0, 0))
                 _landed(await outgoing.outcome())
             finally:
                 outgoing.abort("the probe was given up")  # changes nothing once it has landed
-        kv_bytes = (probe.tokens - start) * self._layout.token_bytes
+        kv_bytes = (tokens - start) * self._layout.token_bytes
         return ProbeSent(probe.request_id, setup_s, min(rounds), seconds, kv_bytes)
+
+    def _tokens(self, probe: Probe) -> int:
+        return max(MIN_TOKENS, probe.kv_bytes // self._layout.token_bytes)
 
     async def _round(self, outgoing: Outgoing, start: int, count: int) -> float:
         """Seconds until ``count`` tokens of all layers have landed."""
