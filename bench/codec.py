@@ -9,11 +9,12 @@ bfloat16 KV.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pydoc_data import topics
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ from engine.model import Model
 from engine.runner import Runner, Step
 from engine.text import Tokenizer
 from kvtransfer.codecs import Codec, make_codec
+from kvtransfer.codecs.even import EVEN
 from kvtransfer.protocol import block_tokens
 
 CHUNK = 512
@@ -52,11 +54,22 @@ class Score:
     divergence: float = 0.0  # KL from raw KV's distribution
     agreed: int = 0  # equal most likely token
     exact: bool = True  # every decoded bit
+    values: int = 0  # encoded
     bits: dict[str, int] = field(default_factory=dict)  # by codec: with and without entropy coding
 
-    def result(self, values: int) -> dict[str, Any]:
+    def add(self, other: Score) -> None:
+        self.tokens += other.tokens
+        self.loss += other.loss
+        self.divergence += other.divergence
+        self.agreed += other.agreed
+        self.exact &= other.exact
+        self.values += other.values
+        for name, bits in other.bits.items():
+            self.bits[name] = self.bits.get(name, 0) + bits
+
+    def result(self) -> dict[str, Any]:
         return {
-            "bits_per_value": {name: bits / values for name, bits in self.bits.items()},
+            "bits_per_value": {name: bits / self.values for name, bits in self.bits.items()},
             "perplexity_change_percent": 100 * math.expm1(self.loss / self.tokens),
             "kl_nats": self.divergence / self.tokens,
             "top1_agreement": self.agreed / self.tokens,
@@ -107,40 +120,79 @@ def through(codec: Codec, layout: KVLayout, kv: Tensor) -> tuple[Tensor, int]:
 
 
 def levels() -> dict[str, list[str]]:
-    """Codecs by what they decode to: entropy coding changes only the size."""
+    """Codecs by what they decode to: some differ in size alone."""
     found: dict[str, list[str]] = {}
     for name in CODECS:
-        found.setdefault(name.removesuffix("-zstd"), []).append(name)
+        found.setdefault(name if name in EVEN else name.removesuffix("-zstd"), []).append(name)
     return found
 
 
-def measure(model: Model, text: Sequence[int], prefix: int, scored: int, segments: int) -> dict[str, Any]:
-    """Scores of every level over ``segments`` places of ``text``, each ``prefix`` tokens and ``scored`` after them."""
-    subject = Subject(model, prefix, scored)
-    codecs = {name: make_codec(name, subject.layout) for name in CODECS}
-    scores = {level: Score(bits=dict.fromkeys(names, 0)) for level, names in levels().items()}
-    values = segments * prefix * subject.layout.token_bytes // 2
-    for index in range(segments):
-        start = index * (len(text) - prefix - scored - 1) // max(1, segments - 1)
-        part = text[start : start + prefix + scored + 1]
-        follow, target = part[prefix:-1], torch.tensor(part[prefix + 1 :])[:, None]
-        kv = subject.prefill(part)
-        want = subject.score(kv, follow)
-        for score in scores.values():
-            decoded: list[Tensor] = []
-            for name in score.bits:
-                pairs = [through(codecs[name], subject.layout, layer) for layer in kv]
-                decoded = [layer for layer, _ in pairs]
-                score.bits[name] += sum(bits for _, bits in pairs)
-            same = all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(kv, decoded, strict=True))
-            got = want if same else subject.score(decoded, follow)
-            score.exact &= same
-            score.tokens += scored
-            score.loss += float((want.gather(1, target) - got.gather(1, target)).sum())
-            score.divergence += float((want.exp() * (want - got)).sum())
-            score.agreed += int((want.argmax(1) == got.argmax(1)).sum())
-        print(f"prefix {prefix}: segment {index + 1} of {segments}", flush=True)
-    return {level: score.result(values) for level, score in scores.items()}
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``segments`` places of a text, each ``prefix`` tokens whose KV is sent and ``scored`` after them."""
+
+    prefix: int
+    scored: int
+    segments: int
+
+
+class Bench:
+    """Scores every level at places of a text."""
+
+    def __init__(self, model: Model, text: Sequence[int], plan: Plan) -> None:
+        self._subject, self._text = Subject(model, plan.prefix, plan.scored), text
+        self._prefix, self._scored = plan.prefix, plan.scored
+        self._codecs = {name: make_codec(name, self._subject.layout) for name in CODECS}
+
+    def segment(self, start: int) -> dict[str, Score]:
+        part = self._text[start : start + self._prefix + self._scored + 1]
+        follow, target = part[self._prefix : -1], torch.tensor(part[self._prefix + 1 :])[:, None]
+        kv = self._subject.prefill(part)
+        want = self._subject.score(kv, follow)
+        scores = {level: self._score(kv, names) for level, names in levels().items()}
+        found = {}
+        for level, (score, decoded) in scores.items():
+            got = want if score.exact else self._subject.score(decoded, follow)
+            score.tokens = self._scored
+            score.values = self._prefix * self._subject.layout.token_bytes // 2
+            score.loss = float((want.gather(1, target) - got.gather(1, target)).sum())
+            score.divergence = float((want.exp() * (want - got)).sum())
+            score.agreed = int((want.argmax(1) == got.argmax(1)).sum())
+            found[level] = score
+        return found
+
+    def _score(self, kv: Sequence[Tensor], names: Sequence[str]) -> tuple[Score, list[Tensor]]:
+        """Sizes of the encoded prefix, and what it decodes to."""
+        score, decoded = Score(), []
+        for name in names:
+            pairs = [through(self._codecs[name], self._subject.layout, layer) for layer in kv]
+            decoded = [layer for layer, _ in pairs]
+            score.bits[name] = sum(bits for _, bits in pairs)
+        score.exact = all(
+            torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(kv, decoded, strict=True)
+        )
+        return score, decoded
+
+
+def measure(model: Model, text: Sequence[int], plan: Plan, parts: Path, stop_at_s: float) -> dict[str, Any] | None:
+    """Results of every level; None when ``stop_at_s`` (of the process's clock) came first.
+
+    Every finished segment is kept in ``parts``, where the next run finds it.
+    """
+    bench, totals = None, {level: Score() for level in levels()}
+    spare = len(text) - plan.prefix - plan.scored - 1
+    for index in range(plan.segments):
+        kept = parts / f"{plan.prefix}-{plan.scored}-{index}-of-{plan.segments}.json"
+        if not kept.exists():
+            if time.monotonic() > stop_at_s:
+                return None
+            bench = bench or Bench(model, text, plan)
+            scores = bench.segment(index * spare // max(1, plan.segments - 1))
+            kept.write_text(json.dumps({level: asdict(score) for level, score in scores.items()}), encoding="utf-8")
+            print(f"prefix {plan.prefix}: segment {index + 1} of {plan.segments}", flush=True)
+        for level, score in json.loads(kept.read_text(encoding="utf-8")).items():
+            totals[level].add(Score(**score))
+    return {level: total.result() for level, total in totals.items()}
 
 
 def time_s(codec: Codec, keys: Tensor, values: Tensor) -> tuple[float, float]:
@@ -189,40 +241,45 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def subject_of(threads: int) -> tuple[Model, list[int]]:
+def subject_of() -> tuple[Model, list[int]]:
     config = Config().model
     folder = hub.resolve(config.id, Path(config.cache_dir).expanduser())
     text = "\n".join(str(topics.topics[name]) for name in sorted(topics.topics))
-    return load_model(folder, "float32", threads), Tokenizer(folder).encode(text)
+    return load_model(folder, "float32", 1), Tokenizer(folder).encode(text)
 
 
 @app.command()
 def quality(
     short: Annotated[int, typer.Option(help="Segments of the short prefix (768 tokens), 512 scored tokens each.")] = 16,
-    long: Annotated[int, typer.Option(help="Segments of the long prefix (4096 tokens).")] = 4,
+    long: Annotated[int, typer.Option(help="Segments of the long prefix (4096 tokens).")] = 16,
     scored: Annotated[int, typer.Option(help="Scored tokens of one segment.")] = 512,
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
+    parts: Annotated[Path, typer.Option(help="Finished segments are kept here.")] = Path("build/codec-quality"),
+    minutes: Annotated[float, typer.Option(help="No segment starts later; the next run goes on.")] = math.inf,
 ) -> None:
     """Bits a value, perplexity, KL and top-1 agreement of every level."""
-    model, text = subject_of(threads)
-    result = {
-        str(prefix): measure(model, text, prefix, scored, segments)
-        for prefix, segments in ((768, short), (4096, long))
-        if segments
-    }
+    stop_at_s = time.monotonic() + 60 * minutes
+    model, text = subject_of()
+    parts.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {}
+    for plan in (Plan(768, scored, short), Plan(4096, scored, long)):
+        if not plan.segments:
+            continue
+        if (found := measure(model, text, plan, parts, stop_at_s)) is None:
+            raise typer.Exit(3)  # not finished: run it again
+        result[str(plan.prefix)] = found
     draw(result, report.save("codec-quality", result).with_suffix(".png"))
     for prefix, rungs in result.items():
         for level, one in rungs.items():
-            bits = ", ".join(f"{name} {value:.2f}" for name, value in one["bits_per_value"].items())
+            sizes = ", ".join(f"{name} {value:.2f}" for name, value in one["bits_per_value"].items())
             print(f"{prefix:5} {level:9} {one['perplexity_change_percent']:+8.3f} % KL {one['kl_nats']:.5f} "
-                  f"top-1 {one['top1_agreement']:.4f} bits: {bits}")  # fmt: skip
+                  f"top-1 {one['top1_agreement']:.4f} bits: {sizes}")  # fmt: skip
 
 
 @app.command()
 def speed() -> None:
     """GB/s of one core, by codec, for float32 and bfloat16 KV."""
     torch.set_num_threads(1)
-    model, text = subject_of(1)
+    model, text = subject_of()
     result = {dtype: dict(speeds(model, text, dtype)) for dtype in ("float32", "bfloat16")}
     report.save("codec-speed", result)
     for dtype, codecs in result.items():

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from baton.layout import KVLayout
 from kvtransfer.arena import ALIGN
 from kvtransfer.codecs.block import Codec, CodecError
+from kvtransfer.codecs.even import EVEN, EvenCodec
 from kvtransfer.codecs.lossless import LosslessCodec
 from kvtransfer.codecs.quantised import LADDER, QuantisedCodec
 from kvtransfer.codecs.raw import RawCodec
@@ -24,6 +25,8 @@ def make_codec(name: str, layout: KVLayout) -> Codec:
             return RawCodec(layout)
         case "lossless":
             return LosslessCodec(layout)
+    if (even := EVEN.get(name)) is not None:
+        return EvenCodec(name, even, layout)
     level = LADDER.get(name.removesuffix(COMPRESSED))
     if level is None:
         raise ValueError(f"codec {name!r}")

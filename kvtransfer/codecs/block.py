@@ -8,6 +8,8 @@ Sizes found in the bytes are checked against what the block's token count allows
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -19,6 +21,10 @@ from baton.errors import BatonError
 from baton.layout import DTYPE_BYTES, KVLayout
 
 Words: TypeAlias = npt.NDArray[Any]  # unsigned integers that carry the values' bits
+
+
+REFUSAL = "KV that is not finite, or of 2^127 and more, cannot be quantised"
+UNREADABLE = "a scale is negative or not finite, or a value is not a finite number"
 
 
 class CodecError(BatonError):
@@ -43,6 +49,19 @@ class Codec(Protocol):
 
         They share memory with ``data`` or with the codec and stay valid until the next call.
         """
+
+
+class Scratch:
+    """Memory that a codec uses again and again."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Words] = {}
+
+    def room(self, use: str, size: int, dtype: np.dtype[Any]) -> Words:
+        have = self._rooms.get(use)
+        if have is None or have.size < size or have.dtype != dtype:
+            have = self._rooms[use] = np.empty(size, dtype)
+        return have[:size]
 
 
 class Shape:
@@ -76,20 +95,17 @@ class Shape:
         signed = words.view(words.dtype.str.replace("u", "i"))
         return torch.from_numpy(signed).view(self.dtype).view(2, self.heads, count, self.head_dim)
 
+    @contextmanager
+    def contiguous(self, out: Tensor, scratch: Scratch) -> Iterator[Tensor]:
+        """``out`` [2, heads, count, head_dim] itself, or memory of its shape that is copied to it afterwards."""
+        if out.is_contiguous():
+            yield out
+        else:
+            count = out.shape[2]
+            yield (room := self.canonical(scratch.room("whole", self.values(count), self.word), count))
+            out.copy_(room)
+
     def tensors(self, words: Words, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values over canonical ``words``."""
         both = self.canonical(words, count)
         return both[0].transpose(0, 1), both[1].transpose(0, 1)
-
-
-class Scratch:
-    """Memory that a codec uses again and again."""
-
-    def __init__(self) -> None:
-        self._rooms: dict[str, Words] = {}
-
-    def room(self, use: str, size: int, dtype: np.dtype[Any]) -> Words:
-        have = self._rooms.get(use)
-        if have is None or have.size < size or have.dtype != dtype:
-            have = self._rooms[use] = np.empty(size, dtype)
-        return have[:size]

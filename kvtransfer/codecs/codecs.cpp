@@ -14,6 +14,7 @@ namespace {
 using bf16 = uint16_t;
 
 constexpr int32_t REFUSED = 0x7f000000;  // 2^127: its rounded-up scale would decode to infinity; NaN is above it too
+constexpr float SURE = 0x1p127f;         // products and sums below it are finite, in bfloat16 too
 constexpr float ROUNDER = 12582912.0f;   // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
 
 inline int32_t bits(float value) {
@@ -52,6 +53,15 @@ inline uint8_t to_e4m3(float value) {
 inline float from_e4m3(uint8_t code) {
   const float magnitude = real((code & 0x7f) << 20) * 0x1p120f;
   return real(bits(magnitude) | ((code & 0x80) << 24));
+}
+
+inline int infinite(float value) { return (bits(value) & 0x7f800000) == 0x7f800000; }
+inline int infinite(bf16 value) { return (value & 0x7f80) == 0x7f80; }
+
+template <class T> int any_infinite(const T *__restrict__ values, int64_t count) {
+  int found = 0;
+  for (int64_t i = 0; i < count; ++i) found |= infinite(values[i]);
+  return found;
 }
 
 template <class T> T *grown(std::vector<T> &room, int64_t size) {
@@ -177,10 +187,36 @@ int dequantise_tokens(const bf16 *scales, const uint8_t *in, int64_t count, int 
         for (int d = 0; d < group; ++d) put(out + d, static_cast<float>(static_cast<int8_t>(from[d])) * step);
       else
         for (int d = 0; d < group; ++d) put(out + d, (static_cast<float>(from[d]) - offset) * step);
+      if (!(step < SURE / 512)) wrong |= any_infinite(out, group);
     }
   }
   return wrong;
 }
+
+// Each column's lowest, highest and (in bits) largest value; 1 if any may not be quantised.
+template <class T>
+int ranges(const T *from, int64_t rows, int64_t row_stride, int columns, float *__restrict__ low,
+           float *__restrict__ high, int32_t *__restrict__ most) {
+  for (int d = 0; d < columns; ++d) {
+    low[d] = high[d] = widen(from[d]);
+    most[d] = 0;
+  }
+  for (int64_t t = 0; t < rows; ++t) {
+    const T *__restrict__ row = from + t * row_stride;
+    for (int d = 0; d < columns; ++d) {
+      const float value = widen(row[d]);
+      low[d] = value < low[d] ? value : low[d];
+      high[d] = value > high[d] ? value : high[d];
+      most[d] = std::max(most[d], bits(value) & 0x7fffffff);
+    }
+  }
+  int32_t largest = 0;
+  for (int d = 0; d < columns; ++d) largest = std::max(largest, most[d]);
+  return largest >= REFUSED;
+}
+
+// To bfloat16, towards zero. + 0: which zero is low is chance.
+inline float middle_of(float low, float high) { return real(bits(high * 0.5f + low * 0.5f + 0.0f) & ~0xffff); }
 
 // One scale and one middle per channel and group of ``group`` tokens (the last may be shorter). ``top``: the largest
 // level, counted from 0.
@@ -203,24 +239,9 @@ int quantise_channels(const T *x, int64_t count, int64_t row_stride, int heads, 
     for (int64_t first = 0; first < count; first += group) {
       const int64_t some = std::min<int64_t>(group, count - first);
       const T *from = x + first * row_stride + h * head_dim;
+      if (ranges(from, some, row_stride, head_dim, low, high, most)) return 1;
       for (int d = 0; d < head_dim; ++d) {
-        low[d] = high[d] = widen(from[d]);
-        most[d] = 0;
-      }
-      for (int64_t t = 0; t < some; ++t) {
-        const T *__restrict__ row = from + t * row_stride;
-        for (int d = 0; d < head_dim; ++d) {
-          const float value = widen(row[d]);
-          low[d] = value < low[d] ? value : low[d];
-          high[d] = value > high[d] ? value : high[d];
-          most[d] = std::max(most[d], bits(value) & 0x7fffffff);
-        }
-      }
-      int32_t largest = 0;
-      for (int d = 0; d < head_dim; ++d) largest = std::max(largest, most[d]);
-      if (largest >= REFUSED) return 1;
-      for (int d = 0; d < head_dim; ++d) {
-        middle[d] = real(bits(high[d] * 0.5f + low[d] * 0.5f + 0.0f) & ~0xffff);  // + 0: which zero is low is chance
+        middle[d] = middle_of(low[d], high[d]);
         const float above = high[d] - middle[d], below = middle[d] - low[d];
         const float step = up((above > below ? above : below) / centre);
         divisor[d] = step > 0.0f ? step : 1.0f;
@@ -258,10 +279,12 @@ int dequantise_channels(const bf16 *scales, const bf16 *middles, const uint8_t *
     in += unpack(in, tile, width, tile_levels);
     const uint8_t *__restrict__ from = tile_levels;
     for (int64_t first = 0; first < count; first += group) {
+      int sure = 1;
       for (int d = 0; d < head_dim; ++d) {
         wrong |= (scales[d] >= 0x7f80) | ((middles[d] & 0x7f80) == 0x7f80);
         step[d] = widen(scales[d]);
         middle[d] = widen(middles[d]);
+        sure &= real(bits(middle[d]) & 0x7fffffff) + 512.0f * step[d] < SURE;
       }
       scales += head_dim;
       middles += head_dim;
@@ -269,7 +292,90 @@ int dequantise_channels(const bf16 *scales, const bf16 *middles, const uint8_t *
       for (int64_t t = 0; t < some; ++t, from += head_dim, out += head_dim)
         for (int d = 0; d < head_dim; ++d)
           put(out + d, (static_cast<float>(from[d]) - centre) * step[d] + middle[d]);
+      if (!sure) wrong |= any_infinite(out - some * head_dim, some * head_dim);
     }
+  }
+  return wrong;
+}
+
+// One step for all channels of a head and one middle per channel; levels leave channel by channel, [heads, head_dim,
+// count]. ``resolution``: steps in the channels' typical half range, a geometric mean by the logarithm that the bits of
+// a float are (linear between powers of two, so that plain torch gives the same).
+constexpr int FURTHEST = 127;
+constexpr int32_t OCTAVES = 20 << 23;  // a channel that is narrower than the widest by more counts as if by this
+constexpr int STRIP = 64;              // tokens that are turned at once
+
+template <class T>
+int quantise_even(const T *x, int64_t count, int64_t row_stride, int heads, int head_dim, float resolution, bf16 *steps,
+                  bf16 *middles, int8_t *out) {
+  thread_local std::vector<float> columns;
+  thread_local std::vector<int32_t> magnitudes;
+  thread_local std::vector<int8_t> strip;
+  float *__restrict__ low = grown(columns, 3 * head_dim);
+  float *__restrict__ high = low + head_dim;
+  float *__restrict__ middle = high + head_dim;
+  int32_t *__restrict__ most = grown(magnitudes, head_dim);
+  int8_t *__restrict__ turned = grown(strip, static_cast<int64_t>(STRIP) * head_dim);
+  for (int h = 0; h < heads; ++h, out += head_dim * count) {
+    const T *from = x + h * head_dim;
+    if (ranges(from, count, row_stride, head_dim, low, high, most)) return 1;
+    int32_t widest = 0;
+    for (int d = 0; d < head_dim; ++d) {
+      middle[d] = middle_of(low[d], high[d]);
+      const float above = high[d] - middle[d], below = middle[d] - low[d];
+      most[d] = bits(above > below ? above : below);
+      widest = std::max(widest, most[d]);
+      *middles++ = static_cast<bf16>(static_cast<uint32_t>(bits(middle[d])) >> 16);
+    }
+    int64_t sum = 0;
+    for (int d = 0; d < head_dim; ++d) sum += std::max(most[d], widest - OCTAVES);
+    const float typical = real(static_cast<int32_t>(std::max<int64_t>(sum / head_dim, 0)));
+    const float wanted = up(typical / resolution), least = up(real(widest) / FURTHEST);
+    const float step = wanted > least ? wanted : least, divisor = step > 0.0f ? step : 1.0f;
+    *steps++ = static_cast<bf16>(bits(step) >> 16);
+    for (int64_t first = 0; first < count; first += STRIP) {
+      const int some = static_cast<int>(std::min<int64_t>(STRIP, count - first));
+      for (int t = 0; t < some; ++t) {
+        const T *__restrict__ row = from + (first + t) * row_stride;
+        int8_t *__restrict__ to = turned + t * head_dim;
+        for (int d = 0; d < head_dim; ++d) {
+          const int level = rounded((widen(row[d]) - middle[d]) / divisor);
+          to[d] = static_cast<int8_t>(std::min(std::max(level, -FURTHEST), FURTHEST));
+        }
+      }
+      for (int d = 0; d < head_dim; ++d)
+        for (int t = 0; t < some; ++t) out[d * count + first + t] = turned[t * head_dim + d];
+    }
+  }
+  return 0;
+}
+
+template <class T>
+int dequantise_even(const bf16 *steps, const bf16 *middles, const int8_t *in, int64_t count, int heads, int head_dim,
+                    T *__restrict__ out) {
+  thread_local std::vector<float> columns;
+  thread_local std::vector<int8_t> strip;
+  float *__restrict__ middle = grown(columns, head_dim);
+  int8_t *__restrict__ turned = grown(strip, static_cast<int64_t>(STRIP) * head_dim);
+  int wrong = 0;
+  for (int h = 0; h < heads; ++h, in += head_dim * count) {
+    wrong |= *steps >= 0x7f80;
+    const float step = widen(*steps++);
+    float furthest = 0.0f;
+    for (int d = 0; d < head_dim; ++d) {
+      wrong |= (*middles & 0x7f80) == 0x7f80;
+      middle[d] = widen(*middles++);
+      furthest = std::max(furthest, real(bits(middle[d]) & 0x7fffffff));
+    }
+    const T *const begun = out;
+    for (int64_t first = 0; first < count; first += STRIP) {
+      const int some = static_cast<int>(std::min<int64_t>(STRIP, count - first));
+      for (int d = 0; d < head_dim; ++d)
+        for (int t = 0; t < some; ++t) turned[t * head_dim + d] = in[d * count + first + t];
+      for (int t = 0; t < some; ++t, out += head_dim)
+        for (int d = 0; d < head_dim; ++d) put(out + d, static_cast<float>(turned[t * head_dim + d]) * step + middle[d]);
+    }
+    if (!(furthest + 128.0f * step < SURE)) wrong |= any_infinite(begun, out - begun);
   }
   return wrong;
 }
@@ -299,6 +405,24 @@ int baton_dequantise(const bf16 *scales, const bf16 *middles, const uint8_t *in,
   return brain ? dequantise_tokens(scales, in, count, heads, head_dim, group, top, width, e4m3, narrow)
                : dequantise_tokens(scales, in, count, heads, head_dim, group, top, width, e4m3, wide);
 }
+
+int baton_quantise_even(const void *x, int brain, int64_t count, int64_t row_stride, int heads, int head_dim,
+                        float resolution, bf16 *steps, bf16 *middles, int8_t *out) {
+  return brain ? quantise_even(static_cast<const bf16 *>(x), count, row_stride, heads, head_dim, resolution, steps,
+                               middles, out)
+               : quantise_even(static_cast<const float *>(x), count, row_stride, heads, head_dim, resolution, steps,
+                               middles, out);
+}
+
+int baton_dequantise_even(const bf16 *steps, const bf16 *middles, const int8_t *in, int brain, int64_t count, int heads,
+                          int head_dim, void *out) {
+  return brain ? dequantise_even(steps, middles, in, count, heads, head_dim, static_cast<bf16 *>(out))
+               : dequantise_even(steps, middles, in, count, heads, head_dim, static_cast<float *>(out));
+}
+
+void baton_pack(const uint8_t *levels, int64_t n, int width, uint8_t *out) { pack(levels, n, width, out); }
+
+void baton_unpack(const uint8_t *in, int64_t n, int width, uint8_t *levels) { unpack(in, n, width, levels); }
 
 // Rotates every word left by one bit (the sign goes below the mantissa) and deals its bytes out to planes, least
 // significant first: [heads, count, head_dim] each.

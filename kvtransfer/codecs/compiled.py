@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvtransfer.codecs.block import CodecError, Words
+from kvtransfer.codecs.block import REFUSAL, UNREADABLE, CodecError, Words
 from kvtransfer.codecs.grid import Grid
 from kvtransfer.codecs.native import Library
 
 
 class NativeQuantiser:
-    """See :class:`kvtransfer.codecs.quantised.Quantiser`."""
+    """See :class:`kvtransfer.codecs.quantiser.Quantiser`."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -24,7 +24,7 @@ class NativeQuantiser:
             scales.ctypes.data, middles.ctypes.data, levels.ctypes.data,
         )  # fmt: skip
         if refused:
-            raise CodecError("KV that is not finite, or of 2^127 and more, cannot be quantised")
+            raise CodecError(REFUSAL)
 
     def dequantise(self, grid: Grid, scales: Words, middles: Words, levels: Words, out: Tensor) -> None:
         heads, count, head_dim = out.shape
@@ -33,4 +33,28 @@ class NativeQuantiser:
             count, heads, head_dim, grid.group(head_dim), grid.largest, grid.width, grid.e4m3, out.data_ptr(),
         )  # fmt: skip
         if wrong:
-            raise CodecError("a scale is negative or not finite, or a level is not a number")
+            raise CodecError(UNREADABLE)
+
+    def quantise_even(self, x: Tensor, resolution: float, steps: Words, middles: Words, levels: Words) -> None:
+        count, heads, head_dim = x.shape
+        refused = self._library.quantise_even(
+            x.data_ptr(), x.dtype == torch.bfloat16, count, x.stride(0), heads, head_dim, resolution,
+            steps.ctypes.data, middles.ctypes.data, levels.ctypes.data,
+        )  # fmt: skip
+        if refused:
+            raise CodecError(REFUSAL)
+
+    def dequantise_even(self, steps: Words, middles: Words, levels: Words, out: Tensor) -> None:
+        heads, count, head_dim = out.shape
+        wrong = self._library.dequantise_even(
+            steps.ctypes.data, middles.ctypes.data, levels.ctypes.data, out.dtype == torch.bfloat16,
+            count, heads, head_dim, out.data_ptr(),
+        )  # fmt: skip
+        if wrong:
+            raise CodecError(UNREADABLE)
+
+    def pack(self, levels: Words, width: int, into: Words) -> None:
+        self._library.pack(levels.ctypes.data, levels.size, width, into.ctypes.data)
+
+    def unpack(self, packed: Words, width: int, levels: Words) -> None:
+        self._library.unpack(packed.ctypes.data, levels.size, width, levels.ctypes.data)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 VALUES_GROUP = 64  # values of one token and head that share a scale, at most
 TOKENS_GROUP = 128  # tokens of one channel that share a scale and a middle, at most
+FURTHEST = 127  # steps from a channel's middle, where all channels of a head share a step
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,9 +12,9 @@ from kvtransfer.codecs.block import CodecError, Scratch, Shape, Words
 from kvtransfer.codecs.entropy import Entropy
 from kvtransfer.codecs.planes import Planes, choose_planes
 
-_MAGIC = b"BKP1"
-_HEAD = struct.Struct("<4sI")  # magic, tokens
-_PLANE = struct.Struct("<II")  # offset, size
+_MAGIC = b"BKP2"
+_HEAD = struct.Struct("<4sII")  # magic, tokens, which planes went through zstd: bit i is plane i
+_SIZE = np.dtype("<u4")
 _PROBE_BYTES = 4096
 _PAYS = 0.97  # a plane whose sample shrinks less than this is stored
 
@@ -26,7 +25,8 @@ class LosslessCodec:
     through zstd; a mantissa plane does only if a sample of it shrinks (float32 that was computed in bfloat16 has an
     empty one).
 
-        header  magic, tokens, then per plane: offset, size (equal to the plane's own size when it is stored)
+        header  magic, tokens, which planes went through zstd, and every plane's size
+        planes  least significant first: those that are stored, then those that went through zstd
     """
 
     name = "lossless"
@@ -35,7 +35,7 @@ class LosslessCodec:
         """``planes``: how words are taken apart and joined; None takes the fastest there is."""
         self._shape = Shape(layout)
         self._planes = planes or choose_planes(self._shape.word.itemsize)
-        self._head_bytes = _HEAD.size + _PLANE.size * len(self._planes.dtypes)
+        self._head_bytes = _HEAD.size + _SIZE.itemsize * len(self._planes.dtypes)
         self._entropy, self._scratch = Entropy(), Scratch()
 
     def bound(self, count: int) -> int:
@@ -46,25 +46,24 @@ class LosslessCodec:
         both = [shape.words(shape.checked(tensor, count)) for tensor in (keys, values)]
         total, half = shape.values(count), shape.values(count) // 2
         stored = self._stored_planes(both[0])
-        table: list[tuple[int, int]] = [(0, 0)] * len(dtypes)
+        sizes = np.frombuffer(into, _SIZE, len(dtypes), _HEAD.size)
         planes, end = [], self._head_bytes
         for index, dtype in enumerate(dtypes):
             if stored[index]:
                 planes.append(np.frombuffer(into, dtype, total, end))
-                table[index] = (end, total * dtype.itemsize)
-                end += total * dtype.itemsize
+                sizes[index] = total * dtype.itemsize
+                end += int(sizes[index])
             else:
                 planes.append(self._scratch.room(f"plane{index}", total, dtype))
         for words, at in zip(both, (0, half), strict=True):
             self._planes.split(words, [plane[at : at + half] for plane in planes])
+        packed = 0
         for index, plane in enumerate(planes):
             if not stored[index]:
-                size = self._entropy.pack(plane, into[end:])
-                table[index] = (end, size)
-                end += size
-        _HEAD.pack_into(into, 0, _MAGIC, count)
-        for index, entry in enumerate(table):
-            _PLANE.pack_into(into, _HEAD.size + index * _PLANE.size, *entry)
+                packed |= 1 << index
+                sizes[index] = self._entropy.pack(plane, into[end:])
+                end += int(sizes[index])
+        _HEAD.pack_into(into, 0, _MAGIC, count, packed)
         return end
 
     def _stored_planes(self, words: Words) -> list[bool]:
@@ -77,30 +76,29 @@ class LosslessCodec:
     def decode(self, data: memoryview, count: int) -> tuple[Tensor, Tensor]:
         total = self._shape.values(count)
         planes = [
-            self._plane(data[offset : offset + size], dtype, total)
-            for (offset, size), dtype in zip(self._table(data, count), self._planes.dtypes, strict=True)
+            np.frombuffer(self._entropy.unpack(body, total * dtype.itemsize), dtype)
+            for body, dtype in zip(self._bodies(data, count), self._planes.dtypes, strict=True)
         ]
         out = self._scratch.room("decoded", total, self._shape.word)
         self._planes.join(planes, out)
         return self._shape.tensors(out, count)
 
-    def _table(self, data: memoryview, count: int) -> list[tuple[int, int]]:
-        """Offset and size of every plane; together they must tile the bytes after the header."""
+    def _bodies(self, data: memoryview, count: int) -> list[memoryview]:
+        """Every plane's bytes, which together must be all of ``data`` after the header."""
         if len(data) < self._head_bytes:
             raise CodecError(f"lossless block of {len(data)} bytes has no header")
-        magic, tokens = _HEAD.unpack_from(data)
-        if magic != _MAGIC or tokens != count:
-            raise CodecError(f"lossless block starts with {magic!r} for {tokens} tokens, expected {count}")
+        magic, tokens, packed = _HEAD.unpack_from(data)
         planes = len(self._planes.dtypes)
-        table = [_PLANE.unpack_from(data, _HEAD.size + index * _PLANE.size) for index in range(planes)]
-        end = self._head_bytes
-        for offset, size in sorted(table):
-            if offset != end or size == 0:
-                raise CodecError("lossless block: planes leave gaps or overlap")
-            end += size
+        if magic != _MAGIC or tokens != count or packed >> planes:
+            raise CodecError(f"lossless block starts with {magic!r} for {tokens} tokens, expected {count}")
+        sizes = np.frombuffer(data, _SIZE, planes, _HEAD.size).tolist()
+        bodies, end = [memoryview(b"")] * planes, self._head_bytes
+        for index in sorted(range(planes), key=lambda index: packed >> index & 1):
+            whole = self._shape.values(count) * self._planes.dtypes[index].itemsize
+            if not 0 < sizes[index] <= whole or (sizes[index] < whole and not packed >> index & 1):
+                raise CodecError(f"lossless block: plane {index} takes {sizes[index]} of {whole} bytes")
+            bodies[index] = data[end : end + sizes[index]]
+            end += sizes[index]
         if end != len(data):
             raise CodecError(f"lossless block: planes end at {end} of {len(data)} bytes")
-        return [(int(offset), int(size)) for offset, size in table]
-
-    def _plane(self, body: memoryview, dtype: np.dtype[Any], total: int) -> Words:
-        return np.frombuffer(self._entropy.unpack(body, total * dtype.itemsize), dtype)
+        return bodies

@@ -20,6 +20,10 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 _ARGUMENTS: dict[str, list[Any]] = {
     "quantise": [_POINTER, _INT, _INT, _LONG, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT, *[_POINTER] * 3],
     "dequantise": [*[_POINTER] * 3, _INT, _INT, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT, _POINTER],
+    "quantise_even": [_POINTER, _INT, _LONG, _LONG, _INT, _INT, _FLOAT, *[_POINTER] * 3],
+    "dequantise_even": [*[_POINTER] * 3, _INT, _LONG, _INT, _INT, _POINTER],
+    "pack": [_POINTER, _LONG, _INT, _POINTER],
+    "unpack": [_POINTER, _LONG, _INT, _POINTER],
     "split32": [_POINTER, _LONG, _LONG, _INT, _INT, *[_POINTER] * 3],
     "split16": [_POINTER, _LONG, _LONG, _INT, _INT, *[_POINTER] * 2],
     "join32": [*[_POINTER] * 3, _LONG, _POINTER],
@@ -37,6 +41,8 @@ class Library:
             return found
 
         self.quantise, self.dequantise = function("quantise", _INT), function("dequantise", _INT)
+        self.quantise_even, self.dequantise_even = function("quantise_even", _INT), function("dequantise_even", _INT)
+        self.pack, self.unpack = function("pack"), function("unpack")
         self.split32, self.split16 = function("split32"), function("split16")
         self.join32, self.join16 = function("join32"), function("join16")
 

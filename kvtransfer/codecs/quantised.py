@@ -1,4 +1,4 @@
-"""The lossy codecs: one block format for every level of the ladder.
+"""Lossy codecs whose blocks have one size: one format for every level that needs no entropy coding.
 
     header   tokens kept exactly at the block's start and at its end, u16 each; only in levels that keep any
     exact    those tokens' values in the layout's dtype, canonical: of the start, then of the end
@@ -11,22 +11,18 @@ block. KV that is not finite, or of 2^127 and more, is refused by every quantise
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from baton.layout import KVLayout
-from kvtransfer.codecs import native
 from kvtransfer.codecs.block import CodecError, Scratch, Shape, Words
-from kvtransfer.codecs.compiled import NativeQuantiser
+from kvtransfer.codecs.ends import Ends
 from kvtransfer.codecs.entropy import Entropy
 from kvtransfer.codecs.grid import TOKENS_GROUP, Grid
-from kvtransfer.codecs.reference import TorchQuantiser
+from kvtransfer.codecs.quantiser import Quantiser, choose_quantiser
 
-_HEAD = struct.Struct("<HH")
 _SCALE = np.dtype("<u2")
 _BYTE = np.dtype("u1")
 KIVI_GROUP = 32  # of tokens, in KIVI (arXiv:2402.02750)
@@ -50,25 +46,8 @@ LADDER: dict[str, Level] = {
     "int8": Level(Grid(8, 254), Grid(8, 254)),
     "int6": Level(Grid(6, 62, TOKENS_GROUP), Grid(6, 62), sinks=1),
     "int4": Level(Grid(4, 14, TOKENS_GROUP), Grid(4, 14), sinks=1),
-    "int3": Level(Grid(4, 8, TOKENS_GROUP), Grid(4, 8), sinks=1),
     "int2": Level(Grid(2, 3, KIVI_GROUP), Grid(2, 3), sinks=1, window=KIVI_WINDOW),
 }
-
-
-class Quantiser(Protocol):
-    """K or V to levels and back. scales, middles: bfloat16 bits; levels: packed bytes; sizes as ``grid`` says."""
-
-    def quantise(self, x: Tensor, grid: Grid, scales: Words, middles: Words, levels: Words) -> None:
-        """x: [count, heads, head_dim] with its heads side by side. Fills the arrays. Raises :class:`CodecError`."""
-
-    def dequantise(self, grid: Grid, scales: Words, middles: Words, levels: Words, out: Tensor) -> None:
-        """Fills ``out`` [heads, count, head_dim], contiguous. Raises :class:`CodecError`."""
-
-
-def choose_quantiser() -> Quantiser:
-    """Compiled where there is a compiler."""
-    library = native.load()
-    return TorchQuantiser() if library is None else NativeQuantiser(library)
 
 
 class QuantisedCodec:
@@ -79,26 +58,20 @@ class QuantisedCodec:
         self.name = name
         self._level, self._compress = level, compress
         self._shape = Shape(layout)
+        self._ends = Ends(self._shape, level.sinks, level.window)
         self._quantiser = quantiser or choose_quantiser()
         self._entropy, self._scratch = Entropy(), Scratch()
-        self._keeps = level.sinks + level.window > 0
-        self._token_bytes = self._shape.values(1) * self._shape.word.itemsize
 
     def bound(self, count: int) -> int:
-        exact = min(count, self._level.sinks + self._level.window)
-        head = _HEAD.size if self._keeps else 0
-        return head + exact * self._token_bytes + self._scale_bytes(count) + sum(self._level_bytes(count))
+        exact = self._ends.head_bytes + self._ends.most(count) * self._ends.token_bytes
+        return exact + self._scale_bytes(count) + sum(self._level_bytes(count))
 
     def encode(self, keys: Tensor, values: Tensor, into: memoryview, *, before: int = 0, after: int = 0) -> int:
-        shape, count = self._shape, keys.shape[0]
-        both = [shape.checked(tensor, count) for tensor in (keys, values)]
-        first = min(count, max(0, self._level.sinks - before))
-        last = min(count - first, max(0, self._level.window - after))
-        end = 0
-        if self._keeps:
-            _HEAD.pack_into(into, 0, first, last)
-            end = self._put_exact(both, first, last, into)
-        middle = count - first - last
+        count = keys.shape[0]
+        both = [self._shape.checked(tensor, count) for tensor in (keys, values)]
+        kept = self._ends.of(count, before, after)
+        end = self._ends.put(both, kept, into, self._ends.head_bytes)
+        middle = count - kept.tokens
         if not middle:
             return end
         scales, end = self._scales(into, middle, end)
@@ -108,41 +81,27 @@ class QuantisedCodec:
         for tensor, grid, (scale, centre), part in zip(
             both, (self._level.keys, self._level.values), scales, np.split(levels, [sizes[0]]), strict=True
         ):
-            self._quantiser.quantise(tensor[first : count - last], grid, scale, centre, part)
+            self._quantiser.quantise(tensor[kept.first : count - kept.last], grid, scale, centre, part)
         return end + (sum(sizes) if room is None else self._entropy.pack(room, into[end:]))
 
     def decode(self, data: memoryview, count: int) -> tuple[Tensor, Tensor]:
-        first, last, end = self._kept(data, count)
+        kept = self._ends.read(data, count)
+        middle = count - kept.tokens
+        self._check_size(len(data), kept.tokens, middle)
         words = self._scratch.room("decoded", self._shape.values(count), self._shape.word)
         out = self._shape.canonical(words, count)
-        for at, some in ((0, first), (count - last, last)):
-            if some:
-                part = np.frombuffer(data, self._shape.word, self._shape.values(some), end)
-                out[:, :, at : at + some] = self._shape.canonical(part, some)
-                end += some * self._token_bytes
-        if middle := count - first - last:
-            self._decode_levels(data, middle, end, out[:, :, first : count - last])
+        end = self._ends.take(data, kept, self._ends.head_bytes, out)
+        if middle:
+            self._decode_levels(data, middle, end, out[:, :, kept.first : count - kept.last])
         return out[0].transpose(0, 1), out[1].transpose(0, 1)
 
-    def _kept(self, data: memoryview, count: int) -> tuple[int, int, int]:
-        """Tokens kept exactly at both ends, and where the header ends.
-
-        Raises :class:`CodecError` if ``data`` is too short for what has a fixed size, or longer than any such block.
-        """
-        first = last = head = 0
-        if self._keeps:
-            if len(data) < _HEAD.size:
-                raise CodecError(f"{self.name} block of {len(data)} bytes has no header")
-            (first, last), head = _HEAD.unpack_from(data), _HEAD.size
-        if first > self._level.sinks or last > self._level.window or first + last > count:
-            raise CodecError(f"{self.name} block keeps {first} and {last} of {count} tokens")
-        middle = count - first - last
-        fixed = head + (first + last) * self._token_bytes + self._scale_bytes(middle)
+    def _check_size(self, nbytes: int, exact: int, middle: int) -> None:
+        """Raises :class:`CodecError` for bytes that are too few for what has a fixed size, or more than any block."""
+        fixed = self._ends.head_bytes + exact * self._ends.token_bytes + self._scale_bytes(middle)
         most = sum(self._level_bytes(middle))
         least = min(1, most) if self._compress else most
-        if not least <= len(data) - fixed <= most:
-            raise CodecError(f"{self.name} block of {len(data)} bytes, expected {fixed + least} to {fixed + most}")
-        return first, last, head
+        if not least <= nbytes - fixed <= most:
+            raise CodecError(f"{self.name} block of {nbytes} bytes, expected {fixed + least} to {fixed + most}")
 
     def _decode_levels(self, data: memoryview, count: int, start: int, out: Tensor) -> None:
         """``out``: [2, heads, count, head_dim], maybe a part of every head's tokens."""
@@ -150,27 +109,10 @@ class QuantisedCodec:
         sizes = self._level_bytes(count)
         body = self._entropy.unpack(data[end:], sum(sizes)) if self._compress else data[end:]
         parts = np.split(np.frombuffer(body, _BYTE), [sizes[0]])
-        whole = out.is_contiguous()
-        room = out if whole else self._shape.canonical(
-            self._scratch.room("middle", self._shape.values(count), self._shape.word), count
-        )  # fmt: skip
-        grids = (self._level.keys, self._level.values)
-        for tensor, grid, (scale, centre), part in zip(room, grids, scales, parts, strict=True):
-            self._quantiser.dequantise(grid, scale, centre, part, tensor)
-        if not whole:
-            out.copy_(room)
-
-    def _put_exact(self, both: list[Tensor], first: int, last: int, into: memoryview) -> int:
-        """Writes the tokens that are kept exactly after the header; returns where they end."""
-        shape, end = self._shape, _HEAD.size
-        count = both[0].shape[0]
-        for at, some in ((0, first), (count - last, last)):
-            if some:
-                room = np.frombuffer(into, shape.word, shape.values(some), end)
-                for tensor, part in zip(both, room.reshape(2, shape.heads, some, shape.head_dim), strict=True):
-                    part[:] = shape.words(tensor[at : at + some]).transpose(1, 0, 2)
-                end += some * self._token_bytes
-        return end
+        with self._shape.contiguous(out, self._scratch) as room:
+            grids = (self._level.keys, self._level.values)
+            for tensor, grid, (scale, centre), part in zip(room, grids, scales, parts, strict=True):
+                self._quantiser.dequantise(grid, scale, centre, part, tensor)
 
     def _scales(self, data: memoryview, count: int, start: int) -> tuple[list[tuple[Words, Words]], int]:
         """Views of K's and V's scales and middles, and where they end."""

@@ -96,11 +96,10 @@ def test_another_length_is_refused(name):
 def test_a_frame_that_claims_too_much_is_refused_before_it_is_unpacked():
     keys, values = tensors(FLOAT, 4)
     body = encode("lossless", FLOAT, keys, values)
-    offset, size = struct.unpack_from("<II", body, 8 + 2 * 8)
-    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
-    planted = body[:offset] + bomb
-    struct.pack_into("<II", planted, 8 + 2 * 8, offset, len(bomb))
-    assert offset + size == len(body)
+    (size,) = struct.unpack_from("<I", body, 12 + 2 * 4)  # of the exponents, which come last
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))[:1000]
+    planted = body[:-size] + bomb
+    struct.pack_into("<I", planted, 12 + 2 * 4, len(bomb))
     with pytest.raises(CodecError, match=r"frame of 268435456 bytes in \d+, expected 1536"):
         make_codec("lossless", FLOAT).decode(memoryview(planted), 4)
 
@@ -108,13 +107,23 @@ def test_a_frame_that_claims_too_much_is_refused_before_it_is_unpacked():
 def test_a_frame_without_its_size_is_refused():
     keys, values = tensors(FLOAT, 64)
     body = encode("lossless", FLOAT, keys, values)
-    offset, size = struct.unpack_from("<II", body, 8 + 2 * 8)
-    plane = zstandard.ZstdDecompressor().decompress(bytes(body[offset : offset + size]))
+    (size,) = struct.unpack_from("<I", body, 12 + 2 * 4)
+    plane = zstandard.ZstdDecompressor().decompress(bytes(body[-size:]))
     silent = zstandard.ZstdCompressor(write_content_size=False).compress(plane)
-    planted = body[:offset] + silent
-    struct.pack_into("<II", planted, 8 + 2 * 8, offset, len(silent))
+    planted = body[:-size] + silent
+    struct.pack_into("<I", planted, 12 + 2 * 4, len(silent))
     with pytest.raises(CodecError, match="frame of -1 bytes"):
         make_codec("lossless", FLOAT).decode(memoryview(planted), 64)
+
+
+@pytest.mark.parametrize(("at", "value"), [(8, 3), (8, 0), (8, 12), (12, 0), (12, 1 << 31), (16, 12287), (20, 1 << 31)])
+def test_lossless_refuses_planes_that_it_never_writes(at, value):
+    """Random float32: two stored planes of 24576 and 12288 bytes, then the exponents."""
+    body = encode("lossless", FLOAT, *tensors(FLOAT, 32))
+    assert struct.unpack_from("<IIII", body, 4) == (32, 4, 24576, 12288)
+    struct.pack_into("<I", body, at, value)
+    with pytest.raises(CodecError):
+        make_codec("lossless", FLOAT).decode(memoryview(body), 32)
 
 
 @pytest.mark.parametrize("scale", [b"\x80\x7f", b"\xc0\x7f", b"\x80\xbf"])  # inf, nan, -1
