@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from starlette.responses import JSONResponse, Response
 from baton.config import Config, PoolConfig, parse
 from baton.errors import ConfigError
 from baton.secure import require_key
+from baton.tasks import on_own_thread
 from baton.wire import inference_pb2
 from decode_worker.worker import DecodeWorker
 from deploy.discovery import Directory
@@ -155,7 +157,7 @@ class _WorkerReplica:
         pool: PoolConfig = getattr(config, self._role)
         # Before the model's threads and ranks start: they stay where their process is.
         self._cores = affinity.pin(_threads(config, pool) * pool.tensor_parallel) if pool.pin else None
-        model, ranks = await asyncio.to_thread(_load, config, pool)
+        model, ranks = await on_own_thread(partial(_load, config, pool))
         self._worker = self._worker_class(
             model, config, worker_id=context.replica_id.unique_id, host=self._host, ranks=ranks
         )

@@ -19,6 +19,7 @@ from engine.native.ops import native_ops
 from engine.ops import Ops, TorchOps
 from engine.ranks import Ranks
 from engine.spec import ModelSpec
+from engine.threads import compute_here
 
 
 def start_ranks(folder: Path, dtype: str, threads: int, pool: PoolConfig) -> Ranks | None:
@@ -38,10 +39,10 @@ def start_ranks(folder: Path, dtype: str, threads: int, pool: PoolConfig) -> Ran
 def load_model(folder: Path, dtype: str, threads: int, comm: Comm | None = None) -> Model:
     """The model in ``folder``, or the slice of ``comm``'s rank; on CUDA when there is one.
 
-    ``threads`` of torch on CPU; 0 keeps torch's own choice.
+    ``threads`` of torch on CPU, for the calling thread; 0 keeps torch's own choice.
     """
     if threads:
-        torch.set_num_threads(min(threads, os.cpu_count() or threads))
+        compute_here(min(threads, os.cpu_count() or threads))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec, compute = ModelSpec.from_folder(folder), weights.choose_dtype(dtype, device)
     storage = weights.storage_dtype(folder, TORCH_DTYPES[compute])

@@ -90,7 +90,7 @@ class Engine:
         mixed_tokens: most prompt tokens of a step that also decodes; 0 leaves it, with ``gap_s``, to
         :class:`engine.pace.Pace`.
         """
-        self.layout = model.layout
+        self.layout, self.threads = model.layout, model.threads
         self.cache: KVCache | SharedKVCache
         if ranks is None:
             own = self.cache = KVCache(model.layout, pages=pages, page_tokens=page_tokens, device=model.device)

@@ -12,6 +12,7 @@ from typing import TypeVar
 from baton.errors import Overloaded, Unavailable
 from baton.request import TokenEvent
 from engine.engine import Engine
+from engine.threads import compute_here
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            compute_here(self._engine.threads)
             self._serve()
         except BaseException as error:  # the thread's outer boundary
             log.exception("the engine failed")

@@ -104,6 +104,7 @@ class Model:
         self.storage = storage or self.dtype
         self.ops: Ops[Any] = ops or TorchOps(self.dtype, device)
         self.comm = comm or Alone()
+        self.threads = torch.get_num_threads()  # that loaded it, and that are to compute it
         self.layout = KVLayout(name, spec.layers, spec.kv_heads, spec.head_dim, dtype)
         ranks = self.comm.ranks
         self.heads, self.kv_heads = _share(spec.heads, ranks), _share(spec.kv_heads, ranks)

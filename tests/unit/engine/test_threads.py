@@ -1,0 +1,59 @@
+"""Only the thread that asked for them computes with several threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from engine.threads import compute_here
+
+
+def _in_a_thread(call: Callable[[], int]) -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_the_caller_has_them_and_later_threads_do_not() -> None:
+    before = torch.get_num_threads()
+    try:
+        compute_here(2)
+        assert torch.get_num_threads() == 2
+        assert _in_a_thread(torch.get_num_threads) == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+PROGRAM = """
+import os, threading
+import torch
+from engine.threads import compute_here
+
+computed, counted = threading.Barrier(5, timeout=60), threading.Barrier(5, timeout=60)
+
+def work(threads=0):
+    if threads:
+        compute_here(threads)
+        started.set()
+    (torch.ones(1 << 22) * 2.0).sum()
+    computed.wait()
+    counted.wait()
+
+started = threading.Event()
+threading.Thread(target=work, args=(2,)).start()
+started.wait(60)
+for _ in range(3):
+    threading.Thread(target=work).start()
+computed.wait()
+print(len(os.listdir("/proc/self/task")))
+counted.wait()
+"""
+
+
+def test_no_other_thread_of_the_process_gets_helpers() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) == 1 + 1 + 3 + 1  # the main thread, the engine's, the others, the engine's one helper
