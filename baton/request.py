@@ -14,10 +14,18 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Bias:
+    """``bias`` is added to the logit of ``token``."""
+
+    token: int
+    bias: float
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen. Limits are checked once, in ``router.validate``; the engine trusts them.
 
-    The order is fixed: repetition, presence and frequency penalties; temperature; top_k; top_p; min_p; draw.
+    The order is fixed: biases; repetition, presence and frequency penalties; temperature; top_k; top_p; min_p; draw.
     ``temperature == 0`` is greedy. The draw for output token ``i`` uses a random number that is a pure function
     of ``(seed, i)``, so a request's tokens do not depend on the batch around it nor on the worker that draws them.
     """
@@ -36,6 +44,7 @@ class Sampling:
     eos_token_ids: tuple[int, ...] = ()  # end-of-turn tokens; empty when the client set ignore_eos
     logprobs: bool = False
     top_logprobs: int = 0  # [0, 20] alternatives per token; needs logprobs
+    logit_bias: tuple[Bias, ...] = ()  # one per token at most
 
 
 @dataclass(frozen=True, slots=True)

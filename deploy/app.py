@@ -9,21 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
 from baton.config import Config, PoolConfig, parse
-from baton.errors import ConfigError
+from baton.errors import BatonError, ConfigError
 from baton.secure import require_key
 from baton.tasks import on_own_thread
 from baton.wire import inference_pb2
@@ -34,9 +33,12 @@ from engine.build import load_model, start_ranks
 from engine.model import Model
 from engine.ranks import Ranks
 from prefill_worker.worker import PrefillWorker
+from router import status
+from router.openai.app import build as build_http
 from router.peers import Role
 from router.service import InferenceService
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SERVICER_FUNCTIONS = [
@@ -64,7 +66,7 @@ def build(args: dict[str, Any]) -> Application:
         if pool.replicas
     ]
     router = serve.deployment(
-        RouterReplica,
+        serve.ingress()(RouterReplica),  # gRPC methods and the HTTP application of one class, in one process
         name="router",
         num_replicas=config.router.replicas,
         ray_actor_options={"num_cpus": ROUTER_CPUS},
@@ -110,7 +112,12 @@ class RouterReplica:
     async def Tokenize(  # noqa: N802
         self, request: bytes, grpc_context: RayServegRPCContext
     ) -> inference_pb2.TokenizeResponse:
-        return await self._service.tokenize(request, grpc_context)
+        return await _answer(self._service.tokenize(request), inference_pb2.TokenizeResponse(), grpc_context)
+
+    async def Detokenize(  # noqa: N802
+        self, request: bytes, grpc_context: RayServegRPCContext
+    ) -> inference_pb2.DetokenizeResponse:
+        return await _answer(self._service.detokenize(request), inference_pb2.DetokenizeResponse(), grpc_context)
 
     async def ListModels(  # noqa: N802
         self, request: bytes
@@ -133,12 +140,18 @@ class RouterReplica:
         async for response in self._service.watch_health(request.service):
             yield response
 
-    async def __call__(self, request: Request) -> Response:
-        """The HTTP side: only /health, which answers 200 when requests can be served."""
-        if request.url.path != "/health":
-            return JSONResponse({"error": "Baton is reached by gRPC; HTTP serves /health"}, status_code=404)
-        ready = self._service.ready
-        return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The HTTP side, which Serve calls for once the constructor is done."""
+        return build_http(self._service)
+
+
+async def _answer(call: Awaitable[T], empty: T, context: RayServegRPCContext) -> T:
+    """What ``call`` returns; its error becomes the status of ``context``, beside an ``empty`` answer."""
+    try:
+        return await call
+    except BatonError as error:
+        status.set_on(context, error)
+        return empty
 
 
 class _WorkerReplica:

@@ -115,7 +115,8 @@ def _choose_on_gpu(adjusted: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def _adjust(raw: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Penalties, and end tokens masked until ``min_tokens`` are out. ``raw`` itself when no row needs either."""
+    """Biases, penalties, end tokens masked until ``min_tokens`` are out. ``raw`` itself when no row needs any."""
+    biased = [(index, each.token, each.bias) for index, row in enumerate(rows) for each in row.sampling.logit_bias]
     penalised = [(index, row.sampling, row.counts) for index, row in enumerate(rows) if row.counts is not None]
     masked = [
         (index, token)
@@ -124,9 +125,12 @@ def _adjust(raw: Tensor, rows: Sequence[Row]) -> Tensor:
         for token in (*row.sampling.eos_token_ids, *row.sampling.stop_token_ids)
         if 0 <= token < raw.shape[1]  # a tokenizer may name end tokens that the model has not
     ]
-    if not penalised and not masked:
+    if not biased and not penalised and not masked:
         return raw
     adjusted = raw.clone()
+    if biased:
+        of, tokens, biases = (torch.tensor(column, device=raw.device) for column in zip(*biased, strict=True))
+        adjusted[of, tokens] += biases
     for index, sampling, counts in penalised:
         _penalise(adjusted[index], sampling, counts)
     if masked:

@@ -17,7 +17,18 @@ from baton.errors import InvalidRequest
 
 REPLACEMENT = "\ufffd"
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+WORD_START = "\u2581"  # SentencePiece's space
 CHARACTER_TOKENS = 4  # a UTF-8 character has at most 4 bytes, and a visible token at least one
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's visible character for each byte: its own where that can be seen, else one from 256 on."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + at): byte for at, byte in enumerate(hidden)}
+
+
+BYTE_OF = _byte_alphabet()
 
 
 class Tokenizer:
@@ -45,6 +56,8 @@ class Tokenizer:
         self.max_token_chars: int = max(map(len, vocabulary))
         """No token covers more characters of a text than this."""
         self._visible = frozenset(vocabulary.values()) - special
+        self._added = frozenset(added)
+        self._byte_level = self._spells_bytes(vocabulary)
         self._bytes = self._byte_fallback(vocabulary)
 
     def encode(self, text: str) -> list[int]:
@@ -65,13 +78,29 @@ class Tokenizer:
             raise InvalidRequest("chat.messages", f"the model's chat template refuses them: {error}") from None
         return list(self._compiled.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids`` without special tokens; ids that have no text are skipped."""
-        return str(self._compiled.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of ``ids``, special tokens only if asked for; ids that have no text are skipped."""
+        return str(self._compiled.decode(ids, skip_special_tokens=not special))
 
     def token_text(self, token: int) -> str:
         """Text of one token by itself, special tokens included; part of a character reads as U+FFFD."""
         return str(self._compiled.decode([token], skip_special_tokens=False))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that ``token`` stands for; those of a text's tokens joined are the text in UTF-8.
+
+        Where decoding drops a leading space, the first token still has it. Ids without a token have no bytes.
+        """
+        piece = self._compiled.id_to_token(token)
+        if piece is None:
+            return b""
+        if token in self._bytes:
+            return bytes([int(piece[len("<0x") : -1], 16)])
+        if token in self._added:
+            return str(piece).encode()
+        if self._byte_level:
+            return bytes(BYTE_OF[character] for character in piece)
+        return str(piece).replace(WORD_START, " ").encode()
 
     def is_visible(self, token: int) -> bool:
         """Whether ``token`` has text in an output: it exists and is not special."""
@@ -80,6 +109,12 @@ class Tokenizer:
     def is_byte(self, token: int) -> bool:
         """Whether ``token`` stands for one byte whose character depends on the byte tokens around it."""
         return token in self._bytes
+
+    def _spells_bytes(self, vocabulary: dict[str, int]) -> bool:
+        """Whether tokens are written in the alphabet of bytes, as those of GPT-2 are."""
+        return '"ByteLevel"' in str(self._compiled.decoder.__getstate__()) and all(
+            set(token) <= BYTE_OF.keys() for token, index in vocabulary.items() if index not in self._added
+        )
 
     def _byte_fallback(self, vocabulary: dict[str, int]) -> frozenset[int]:
         """Ids of byte tokens, if the decoder gives them that meaning."""

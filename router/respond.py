@@ -22,14 +22,14 @@ FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
 
 
 class Assembler:
-    """Turns one stream's events into its responses.
+    """Turns one output's events into its responses.
 
-    Over the stream, ``token_ids`` are all output tokens up to and including the one that ended it, and ``text`` is
+    Over them, ``token_ids`` are all output tokens up to and including the one that ended it, and ``text`` is
     their text without special tokens, the token that ended it, or the stop string.
     """
 
-    def __init__(self, parsed: ParsedRequest, tokenizer: Tokenizer, *, model: str) -> None:
-        self._parsed, self._tokenizer, self._model = parsed, tokenizer, model
+    def __init__(self, parsed: ParsedRequest, tokenizer: Tokenizer, *, model: str, output: int = 0) -> None:
+        self._parsed, self._tokenizer, self._model, self._output = parsed, tokenizer, model, output
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(parsed.stop)
         self._tokens = 0
@@ -81,7 +81,8 @@ class Assembler:
         )
 
     def _begin(self, response: pb.GenerateResponse) -> pb.GenerateResponse:
-        """Names request and model in the first response."""
+        """Names request and model in the output's first response."""
+        response.index = self._output
         if not self._begun:
             self._begun = True
             response.request_id, response.model = self._parsed.request_id, self._model
@@ -112,13 +113,16 @@ class Assembler:
     def _logprob(self, event: TokenEvent) -> pb.TokenLogprob:
         if event.logprob is None:
             raise ProtocolError(f"token {event.index} of {self._parsed.request_id} has no log-probability")
-        text = self._tokenizer.token_text
+        text, raw = self._tokenizer.token_text, self._tokenizer.token_bytes
         return pb.TokenLogprob(
             token_id=event.token,
             text=text(event.token),
+            raw=raw(event.token),
             logprob=event.logprob,
             top=[
-                pb.TokenLogprob.Alternative(token_id=other.token, text=text(other.token), logprob=other.logprob)
+                pb.TokenLogprob.Alternative(
+                    token_id=other.token, text=text(other.token), raw=raw(other.token), logprob=other.logprob
+                )
                 for other in event.top
             ],
         )

@@ -1,7 +1,8 @@
 """The methods of the public contract, on top of the dispatcher. Knows gRPC's context, not Serve.
 
-``generate`` reads as a request lives: validate, admit, dispatch, assemble, account. Every error leaves as a gRPC
-status with details that name the field; nothing is raised to the server, so that trailers always reach the client.
+``stream`` reads as a request lives: validate, admit, dispatch, assemble, account. gRPC and HTTP (``router.openai``) are
+its two fronts: what is raised here leaves there as a gRPC status whose details name the field, or as an HTTP status
+with an error body; nothing is raised to a server, so that trailers always reach the client.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ from engine.spec import ModelSpec
 from engine.text import Tokenizer
 from router import respond, status, validate
 from router.dispatch import Dispatcher, Run
+from router.interleave import interleave
 from router.peers import Peer, Pools, Role, WorkerAddress
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SERVICE_NAME = "baton.v1.Inference"
@@ -74,63 +77,103 @@ class InferenceService:
     async def close(self) -> None:
         await self.pools.close()
 
+    @property
+    def limits(self) -> validate.Limits:
+        """What this deployment serves and allows."""
+        return self._limits
+
     # ---- generation
 
     async def generate(self, body: bytes, context: status.Context) -> AsyncGenerator[pb.GenerateResponse]:
-        """Streams the output of one request; see the contract for the errors."""
+        """The gRPC method: as :meth:`stream`, with errors set on ``context``."""
         arrived_s = time.monotonic()
         try:
-            parsed = await self._parse(body)
-            with self._admitted():
-                async with aclosing(self._respond(parsed, arrived_s)) as responses:
-                    async for response in responses:
-                        yield response
+            request = self._counted(lambda: _decoded(pb.GenerateRequest, body))
+            async with aclosing(self.stream(request, arrived_s=arrived_s)) as responses:
+                async for response in responses:
+                    yield response
         except BatonError as error:
             status.set_on(context, error)
         except Exception:  # the process's outer boundary: the client learns that it is a bug, the log learns which
             log.exception("request failed")
             status.set_on(context, Internal("internal error; the router's log has the details"))
 
-    async def _parse(self, body: bytes) -> validate.ParsedRequest:
+    async def stream(self, request: pb.GenerateRequest, *, arrived_s: float) -> AsyncGenerator[pb.GenerateResponse]:
+        """The outputs of one request; see the contract for the errors. Closing it frees the request everywhere.
+
+        arrived_s: monotonic time at which the request reached this process; its budget runs from there.
+        """
+        parsed = await self._parse(request)
+        with self._admitted(parsed.outputs):
+            async with aclosing(self._outputs(parsed, arrived_s)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def _parse(self, request: pb.GenerateRequest) -> validate.ParsedRequest:
         def parse() -> validate.ParsedRequest:
-            request = _decoded(pb.GenerateRequest, body)
             return validate.parse(request, self._limits, self._tokenizer, seed=secrets.randbits(63))
 
+        long = request.ByteSize() > LONG_INPUT_BYTES
+        return await asyncio.to_thread(self._counted, parse) if long else self._counted(parse)
+
+    def _counted(self, parse: Callable[[], T]) -> T:
+        """What ``parse`` returns; an input that it refuses is counted."""
         try:
-            return await asyncio.to_thread(parse) if len(body) > LONG_INPUT_BYTES else parse()
+            return parse()
         except BatonError:
             self._counters.refused += 1
             raise
 
     @contextlib.contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """Counts the request from admission to its end, and how it ended."""
+    def _admitted(self, outputs: int) -> Iterator[None]:
+        """Counts the request, once for each of its outputs, from admission to its end, and how it ended."""
         counters = self._counters
-        if counters.inflight >= self._config.router.max_inflight:
-            counters.refused += 1
+        if counters.inflight + outputs > self._config.router.max_inflight:
+            counters.refused += outputs
             raise Overloaded(f"{counters.inflight} requests are in flight already", retry_after_ms=RETRY_AFTER_MS)
-        counters.inflight += 1
-        counters.accepted += 1
+        counters.inflight += outputs
+        counters.accepted += outputs
         try:
             yield
-            counters.completed += 1
+            counters.completed += outputs
         except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
-            counters.cancelled += 1
+            counters.cancelled += outputs
             raise
         except Overloaded:
-            counters.refused += 1
+            counters.refused += outputs
             raise
         except BaseException:
-            counters.failed += 1
+            counters.failed += outputs
             raise
         finally:
-            counters.inflight -= 1
+            counters.inflight -= outputs
 
-    async def _respond(self, parsed: validate.ParsedRequest, arrived_s: float) -> AsyncGenerator[pb.GenerateResponse]:
+    async def _outputs(self, parsed: validate.ParsedRequest, arrived_s: float) -> AsyncGenerator[pb.GenerateResponse]:
+        """Every output of the request, interleaved. The first one computes the prompt; the others start once it has,
+        and find the prompt in the prefix cache.
+        """
+        computed = asyncio.Event()
+
+        async def output(index: int) -> AsyncGenerator[pb.GenerateResponse]:
+            if index > 0:
+                await computed.wait()
+            async with aclosing(self._respond(parsed, arrived_s, index)) as responses:
+                async for response in responses:
+                    computed.set()
+                    yield response
+
+        async with aclosing(interleave([output(index) for index in range(parsed.outputs)])) as responses:
+            async for _, response in responses:
+                yield response
+
+    async def _respond(
+        self, parsed: validate.ParsedRequest, arrived_s: float, output: int
+    ) -> AsyncGenerator[pb.GenerateResponse]:
         """Dispatches and assembles: one response per batch of tokens, the last one with usage and ledger."""
-        work = parsed.work(f"{self._router_id}-{secrets.token_hex(8)}")  # clients may reuse their ids, workers may not
+        request_id = f"{self._router_id}-{secrets.token_hex(8)}"  # clients may reuse their ids, workers may not
+        work = parsed.work(request_id, output)
         run = Run(work, parsed.codec, arrived_s, floor=parsed.floor, deadline_s=arrived_s + work.budget_s)
-        assembler = respond.Assembler(parsed, self._tokenizer, model=self._config.model.id)
+        assembler = respond.Assembler(parsed, self._tokenizer, model=self._config.model.id, output=output)
         try:
             async with aclosing(self._dispatcher.stream(run)) as batches:
                 async for events in batches:
@@ -145,16 +188,24 @@ class InferenceService:
 
     # ---- the other methods
 
-    async def tokenize(self, body: bytes, context: status.Context) -> pb.TokenizeResponse:
-        def tokenize() -> list[int]:
-            return validate.tokenize(_decoded(pb.TokenizeRequest, body), self._limits, self._tokenizer)
+    async def tokenize(self, request: bytes | pb.TokenizeRequest) -> pb.TokenizeResponse:
+        """Raises :class:`BatonError` as the contract has it."""
 
-        try:
-            ids = await asyncio.to_thread(tokenize)
-        except BatonError as error:
-            status.set_on(context, error)
-            return pb.TokenizeResponse()
+        def tokenize() -> list[int]:
+            decoded = _decoded(pb.TokenizeRequest, request) if isinstance(request, bytes) else request
+            return validate.tokenize(decoded, self._limits, self._tokenizer)
+
+        ids = await asyncio.to_thread(tokenize)
         return pb.TokenizeResponse(token_ids=ids, max_context_tokens=self._limits.context_tokens)
+
+    async def detokenize(self, request: bytes | pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        """Raises :class:`BatonError` as the contract has it."""
+
+        def detokenize() -> str:
+            decoded = _decoded(pb.DetokenizeRequest, request) if isinstance(request, bytes) else request
+            return validate.detokenize(decoded, self._limits, self._tokenizer)
+
+        return pb.DetokenizeResponse(text=await asyncio.to_thread(detokenize))
 
     def list_models(self) -> pb.ListModelsResponse:
         model = pb.Model(
@@ -205,7 +256,7 @@ class InferenceService:
         return kinds(status=kinds.SERVING if self.ready else kinds.NOT_SERVING)
 
 
-Message = TypeVar("Message", pb.GenerateRequest, pb.TokenizeRequest)
+Message = TypeVar("Message", pb.GenerateRequest, pb.TokenizeRequest, pb.DetokenizeRequest)
 
 
 def _decoded(kind: type[Message], body: bytes) -> Message:
