@@ -8,8 +8,6 @@ Sizes found in the bytes are checked against what the block's token count allows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -94,16 +92,6 @@ class Shape:
         """``words`` [2 * heads * count * head_dim] as a tensor [2, heads, count, head_dim] over the same memory."""
         signed = words.view(words.dtype.str.replace("u", "i"))
         return torch.from_numpy(signed).view(self.dtype).view(2, self.heads, count, self.head_dim)
-
-    @contextmanager
-    def contiguous(self, out: Tensor, scratch: Scratch) -> Iterator[Tensor]:
-        """``out`` [2, heads, count, head_dim] itself, or memory of its shape that is copied to it afterwards."""
-        if out.is_contiguous():
-            yield out
-        else:
-            count = out.shape[2]
-            yield (room := self.canonical(scratch.room("whole", self.values(count), self.word), count))
-            out.copy_(room)
 
     def tensors(self, words: Words, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values over canonical ``words``."""

@@ -1,7 +1,7 @@
 // The codecs' inner loops. Plain loops that the compiler vectorises; every result equals reference.py's bit for bit.
 //
 // K or V comes as rows [count] of heads * head_dim values, ``row_stride`` values apart, and leaves as
-// [heads, count, head_dim]. Levels of one head (a tile of count * head_dim) are packed together: eight bits a byte
+// [heads, count, head_dim], heads ``head_stride`` values apart. Levels of one head (a tile of count * head_dim) are packed together: eight bits a byte
 // each; four as two planes' halves (level i and level i + n/2 share a byte); two as quarters; six as four plus two.
 
 #include <algorithm>
@@ -165,7 +165,7 @@ int quantise_tokens(const T *x, int64_t count, int64_t row_stride, int heads, in
 
 template <class T>
 int dequantise_tokens(const bf16 *scales, const uint8_t *in, int64_t count, int heads, int head_dim, int group,
-                      float top, int width, int e4m3, T *__restrict__ out) {
+                      float top, int width, int e4m3, int64_t head_stride, T *all) {
   const int64_t tile = count * head_dim;
   thread_local std::vector<uint8_t> room;
   uint8_t *__restrict__ tile_levels = grown(room, tile);
@@ -174,6 +174,7 @@ int dequantise_tokens(const bf16 *scales, const uint8_t *in, int64_t count, int 
   for (int h = 0; h < heads; ++h) {
     in += unpack(in, tile, width, tile_levels);
     const uint8_t *__restrict__ from = tile_levels;
+    T *__restrict__ out = all + h * head_stride;
     for (int64_t at = 0; at < tile; at += group, from += group, out += group) {
       const bf16 scale = *scales++;
       wrong |= scale >= 0x7f80;  // negative or not finite
@@ -266,7 +267,7 @@ int quantise_channels(const T *x, int64_t count, int64_t row_stride, int heads, 
 
 template <class T>
 int dequantise_channels(const bf16 *scales, const bf16 *middles, const uint8_t *in, int64_t count, int heads,
-                        int head_dim, int group, float top, int width, T *__restrict__ out) {
+                        int head_dim, int group, float top, int width, int64_t head_stride, T *all) {
   const int64_t tile = count * head_dim;
   thread_local std::vector<uint8_t> room;
   thread_local std::vector<float> columns;
@@ -278,6 +279,7 @@ int dequantise_channels(const bf16 *scales, const bf16 *middles, const uint8_t *
   for (int h = 0; h < heads; ++h) {
     in += unpack(in, tile, width, tile_levels);
     const uint8_t *__restrict__ from = tile_levels;
+    T *__restrict__ out = all + h * head_stride;
     for (int64_t first = 0; first < count; first += group) {
       int sure = 1;
       for (int d = 0; d < head_dim; ++d) {
@@ -352,7 +354,7 @@ int quantise_even(const T *x, int64_t count, int64_t row_stride, int heads, int 
 
 template <class T>
 int dequantise_even(const bf16 *steps, const bf16 *middles, const int8_t *in, int64_t count, int heads, int head_dim,
-                    T *__restrict__ out) {
+                    int64_t head_stride, T *all) {
   thread_local std::vector<float> columns;
   thread_local std::vector<int8_t> strip;
   float *__restrict__ middle = grown(columns, head_dim);
@@ -367,7 +369,7 @@ int dequantise_even(const bf16 *steps, const bf16 *middles, const int8_t *in, in
       middle[d] = widen(*middles++);
       furthest = std::max(furthest, real(bits(middle[d]) & 0x7fffffff));
     }
-    const T *const begun = out;
+    T *__restrict__ out = all + h * head_stride;
     for (int64_t first = 0; first < count; first += STRIP) {
       const int some = static_cast<int>(std::min<int64_t>(STRIP, count - first));
       for (int d = 0; d < head_dim; ++d)
@@ -375,7 +377,7 @@ int dequantise_even(const bf16 *steps, const bf16 *middles, const int8_t *in, in
       for (int t = 0; t < some; ++t, out += head_dim)
         for (int d = 0; d < head_dim; ++d) put(out + d, static_cast<float>(turned[t * head_dim + d]) * step + middle[d]);
     }
-    if (!(furthest + 128.0f * step < SURE)) wrong |= any_infinite(begun, out - begun);
+    if (!(furthest + 128.0f * step < SURE)) wrong |= any_infinite(all + h * head_stride, count * head_dim);
   }
   return wrong;
 }
@@ -396,14 +398,15 @@ int baton_quantise(const void *x, int brain, int channels, int64_t count, int64_
 }
 
 int baton_dequantise(const bf16 *scales, const bf16 *middles, const uint8_t *in, int brain, int channels, int64_t count,
-                     int heads, int head_dim, int group, float top, int width, int e4m3, void *out) {
+                     int heads, int head_dim, int group, float top, int width, int e4m3, int64_t head_stride,
+                     void *out) {
   auto *wide = static_cast<float *>(out);
   auto *narrow = static_cast<bf16 *>(out);
   if (channels)
-    return brain ? dequantise_channels(scales, middles, in, count, heads, head_dim, group, top, width, narrow)
-                 : dequantise_channels(scales, middles, in, count, heads, head_dim, group, top, width, wide);
-  return brain ? dequantise_tokens(scales, in, count, heads, head_dim, group, top, width, e4m3, narrow)
-               : dequantise_tokens(scales, in, count, heads, head_dim, group, top, width, e4m3, wide);
+    return brain ? dequantise_channels(scales, middles, in, count, heads, head_dim, group, top, width, head_stride, narrow)
+                 : dequantise_channels(scales, middles, in, count, heads, head_dim, group, top, width, head_stride, wide);
+  return brain ? dequantise_tokens(scales, in, count, heads, head_dim, group, top, width, e4m3, head_stride, narrow)
+               : dequantise_tokens(scales, in, count, heads, head_dim, group, top, width, e4m3, head_stride, wide);
 }
 
 int baton_quantise_even(const void *x, int brain, int64_t count, int64_t row_stride, int heads, int head_dim,
@@ -415,9 +418,11 @@ int baton_quantise_even(const void *x, int brain, int64_t count, int64_t row_str
 }
 
 int baton_dequantise_even(const bf16 *steps, const bf16 *middles, const int8_t *in, int brain, int64_t count, int heads,
-                          int head_dim, void *out) {
-  return brain ? dequantise_even(steps, middles, in, count, heads, head_dim, static_cast<bf16 *>(out))
-               : dequantise_even(steps, middles, in, count, heads, head_dim, static_cast<float *>(out));
+                          int head_dim, int64_t head_stride, void *out) {
+  auto *wide = static_cast<float *>(out);
+  auto *narrow = static_cast<bf16 *>(out);
+  return brain ? dequantise_even(steps, middles, in, count, heads, head_dim, head_stride, narrow)
+               : dequantise_even(steps, middles, in, count, heads, head_dim, head_stride, wide);
 }
 
 void baton_pack(const uint8_t *levels, int64_t n, int width, uint8_t *out) { pack(levels, n, width, out); }

@@ -30,7 +30,8 @@ class NativeQuantiser:
         heads, count, head_dim = out.shape
         wrong = self._library.dequantise(
             scales.ctypes.data, middles.ctypes.data, levels.ctypes.data, out.dtype == torch.bfloat16, grid.tokens > 0,
-            count, heads, head_dim, grid.group(head_dim), grid.largest, grid.width, grid.e4m3, out.data_ptr(),
+            count, heads, head_dim, grid.group(head_dim), grid.largest, grid.width, grid.e4m3, out.stride(0),
+            out.data_ptr(),
         )  # fmt: skip
         if wrong:
             raise CodecError(UNREADABLE)
@@ -48,7 +49,7 @@ class NativeQuantiser:
         heads, count, head_dim = out.shape
         wrong = self._library.dequantise_even(
             steps.ctypes.data, middles.ctypes.data, levels.ctypes.data, out.dtype == torch.bfloat16,
-            count, heads, head_dim, out.data_ptr(),
+            count, heads, head_dim, out.stride(0), out.data_ptr(),
         )  # fmt: skip
         if wrong:
             raise CodecError(UNREADABLE)

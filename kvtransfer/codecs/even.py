@@ -129,8 +129,7 @@ class EvenCodec:
         out = self._shape.canonical(words, count)
         self._ends.take(data, kept, self._head_bytes, out)
         if middle:
-            with self._shape.contiguous(out[:, :, kept.first :], self._scratch) as room:
-                self._decode_middle(data, middle, start, room)
+            self._decode_middle(data, middle, start, out[:, :, kept.first :])
         return out[0].transpose(0, 1), out[1].transpose(0, 1)
 
     def _decode_middle(self, data: memoryview, count: int, start: int, out: Tensor) -> None:

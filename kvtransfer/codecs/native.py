@@ -19,9 +19,9 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-e
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, list[Any]] = {
     "quantise": [_POINTER, _INT, _INT, _LONG, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT, *[_POINTER] * 3],
-    "dequantise": [*[_POINTER] * 3, _INT, _INT, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT, _POINTER],
+    "dequantise": [*[_POINTER] * 3, _INT, _INT, _LONG, _INT, _INT, _INT, _FLOAT, _INT, _INT, _LONG, _POINTER],
     "quantise_even": [_POINTER, _INT, _LONG, _LONG, _INT, _INT, _FLOAT, *[_POINTER] * 3],
-    "dequantise_even": [*[_POINTER] * 3, _INT, _LONG, _INT, _INT, _POINTER],
+    "dequantise_even": [*[_POINTER] * 3, _INT, _LONG, _INT, _INT, _LONG, _POINTER],
     "pack": [_POINTER, _LONG, _INT, _POINTER],
     "unpack": [_POINTER, _LONG, _INT, _POINTER],
     "split32": [_POINTER, _LONG, _LONG, _INT, _INT, *[_POINTER] * 3],

@@ -109,10 +109,9 @@ class QuantisedCodec:
         sizes = self._level_bytes(count)
         body = self._entropy.unpack(data[end:], sum(sizes)) if self._compress else data[end:]
         parts = np.split(np.frombuffer(body, _BYTE), [sizes[0]])
-        with self._shape.contiguous(out, self._scratch) as room:
-            grids = (self._level.keys, self._level.values)
-            for tensor, grid, (scale, centre), part in zip(room, grids, scales, parts, strict=True):
-                self._quantiser.dequantise(grid, scale, centre, part, tensor)
+        grids = (self._level.keys, self._level.values)
+        for tensor, grid, (scale, centre), part in zip(out, grids, scales, parts, strict=True):
+            self._quantiser.dequantise(grid, scale, centre, part, tensor)
 
     def _scales(self, data: memoryview, count: int, start: int) -> tuple[list[tuple[Words, Words]], int]:
         """Views of K's and V's scales and middles, and where they end."""

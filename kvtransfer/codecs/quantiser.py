@@ -15,8 +15,8 @@ from kvtransfer.codecs.reference import TorchQuantiser
 
 class Quantiser(Protocol):
     """Scales, steps and middles are bfloat16 bits. x: [count, heads, head_dim] with its heads side by side; out:
-    [heads, count, head_dim], contiguous. Every method that reads KV or bytes raises :class:`CodecError` for what no
-    codec may carry."""
+    [heads, count, head_dim] with its tokens side by side. Methods that read KV or bytes raise :class:`CodecError` for
+    what no codec may carry."""
 
     def quantise(self, x: Tensor, grid: Grid, scales: Words, middles: Words, levels: Words) -> None:
         """Fills packed ``levels`` and the rest, of the sizes that ``grid`` says."""
