@@ -14,7 +14,8 @@ import torch
 def compute_here(threads: int) -> None:
     """torch computes with ``threads`` on this thread, and alone on every thread that first uses it from now on."""
     torch.set_num_threads(threads)
-    # A thread keeps the number it was given. One that first uses torch takes the number that was last set anywhere.
+    # A thread that first uses torch takes the number that was last set anywhere, and keeps it: this one does so now.
+    torch.get_num_threads()
     last = threading.Thread(target=torch.set_num_threads, args=(1,))
     last.start()
     last.join()

@@ -38,6 +38,7 @@ computed, counted = threading.Barrier(5, timeout=60), threading.Barrier(5, timeo
 def work(threads=0):
     if threads:
         compute_here(threads)
+        assert torch.get_num_threads() == threads
         started.set()
     (torch.ones(1 << 22) * 2.0).sum()
     computed.wait()
