@@ -2,14 +2,15 @@
 
 A fetch of x bytes takes ``l + x / B``. Sizes tell the two apart: where the largest blocks of the window are at least
 half as large again as the smallest, a line goes through the medians of both halves (Tukey's resistant line); where
-all are alike, l is the probe's. B is then the median rate of the larger half. Medians, because a thread that lost its
-core for a moment must not look like a slow link. Seven slow blocks in a row do: the window has twelve.
+all are alike, l is the probe's. B is then the median rate, of the larger half or of all. Medians, because a thread that
+lost its core for a moment must not look like a slow link. Seven slow blocks in a row do: the window has twelve.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from operator import itemgetter
 from statistics import median
 
 from kvtransfer.chooser import Link
@@ -43,18 +44,18 @@ class LinkMeter:
     def link(self) -> Link:
         """The estimate."""
         if self._link is None:
-            self._link = _fit(sorted(self._fetches), self._latency_s)
+            self._link = _fit(sorted(self._fetches, key=itemgetter(0)), self._latency_s)
         return self._link
 
 
 def _fit(fetches: list[tuple[int, float]], latency_s: float) -> Link:
     """``fetches`` by rising size; ``latency_s`` is used where sizes cannot tell."""
-    middle = len(fetches) // 2
-    small, large = fetches[:middle], fetches[middle:]
-    if small and large[-1][0] >= _APART * small[0][0]:
-        latency_s = _intercept(small, large, latency_s)
-    latency_s = min(latency_s, *(seconds for _, seconds in large))
-    rate = median(max(seconds - latency_s, nbytes / _FASTEST) / nbytes for nbytes, seconds in large)
+    if fetches[-1][0] >= _APART * fetches[0][0]:
+        middle = len(fetches) // 2
+        latency_s = _intercept(fetches[:middle], fetches[middle:], latency_s)
+        fetches = fetches[middle:]
+    latency_s = min(latency_s, *(seconds for _, seconds in fetches))
+    rate = median(max(seconds - latency_s, nbytes / _FASTEST) / nbytes for nbytes, seconds in fetches)
     return Link(1 / rate, latency_s)
 
 

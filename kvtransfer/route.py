@@ -12,7 +12,7 @@ from dataclasses import replace
 from baton.errors import ProtocolError
 from kvtransfer.chooser import Ahead, Candidate, Choice, Link, Load, Speed, choose
 from kvtransfer.link_meter import LinkMeter
-from kvtransfer.protocol import Acks, DecodeSpeed, Welcome
+from kvtransfer.protocol import Acks, Welcome
 
 _RATIO_SHARE = 1 / 8  # of the newest block in a codec's running ratio
 _RATIO_MOVED = 0.01
@@ -52,10 +52,12 @@ class Route:
     def welcomed(self, welcome: Welcome) -> None:
         """The receiver's speeds and its probe of the link. Raises :class:`ProtocolError` for ones that cannot be."""
         speeds = {one.codec: Speed(one.block_s, one.bytes_per_s) for one in welcome.decode}
-        for said in (*welcome.decode, *([] if welcome.probe is None else [welcome.probe])):
-            start_s = said.block_s if isinstance(said, DecodeSpeed) else said.latency_s
-            if not (0.0 < said.bytes_per_s < math.inf and 0.0 <= start_s < math.inf):
-                raise ProtocolError(f"Welcome: {said}")
+        said = [(one.block_s, one.bytes_per_s) for one in speeds.values()]
+        if welcome.probe is not None:
+            said.append((welcome.probe.latency_s, welcome.probe.bytes_per_s))
+        for start_s, bytes_per_s in said:
+            if not (0.0 <= start_s < math.inf and 0.0 < bytes_per_s < math.inf):
+                raise ProtocolError(f"Welcome: {start_s} s and {bytes_per_s} bytes per second")
         self._decode = speeds
         if welcome.probe is not None:
             self._meter.probed(Link(welcome.probe.bytes_per_s, welcome.probe.latency_s))

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from baton.errors import ProtocolError
+from kvtransfer.chooser import Ahead, Candidate, Link, Load, Speed
+from kvtransfer.link_meter import UNMEASURED
+from kvtransfer.protocol import Acks, DecodeSpeed, Probed, Welcome
+from kvtransfer.route import Ratios, Route
+
+QUICK, SLOW = Speed(0.0, 1e11), Speed(0.0, 1e7)
+HERE = [
+    Candidate("raw", 1.0, QUICK, QUICK),
+    Candidate("lossless", 1.5, Speed(0.0, 1e9), Speed(0.0, 1e9)),
+    Candidate("int8", 2.0, Speed(0.0, 1e9), Speed(0.0, 1e9), loss=1),
+]
+AHEAD = Ahead(10_000_000, 10)
+SPEEDS = tuple(DecodeSpeed(name, 0.0, 1e9) for name in ("raw", "lossless", "int8"))
+SLOW_LINK = Probed(1e-4, 1e7)
+
+
+@pytest.fixture
+def route():
+    return Route(Ratios(HERE))
+
+
+def pick(route, *allowed):
+    choice = route.choose(allowed or ("raw", "lossless", "int8"), AHEAD, Load())
+    return None if choice is None else choice.codec
+
+
+def test_only_what_is_allowed_and_measured_is_chosen(route):
+    assert pick(route) == "raw"
+    route.welcomed(Welcome("d", "g", SPEEDS, SLOW_LINK))
+    assert pick(route) == "int8"
+    assert pick(route, "raw", "lossless") == "lossless"
+    assert pick(route, "int4") is None
+    route.welcomed(Welcome("d", "g", SPEEDS[:2], SLOW_LINK))  # there nobody measured int8
+    assert pick(route) == "lossless"
+
+
+def test_the_receivers_speeds_count_not_this_machines(route):
+    slow = (SPEEDS[0], *(DecodeSpeed(one.codec, 0.0, 1e6) for one in SPEEDS[1:]))
+    route.welcomed(Welcome("d", "g", slow, SLOW_LINK))
+    assert pick(route) == "raw"
+
+
+def test_acknowledgements_move_the_link_and_the_receivers_load(route):
+    route.welcomed(Welcome("d", "g", SPEEDS, Probed(0.0, 1e10)))
+    assert pick(route) == "raw"
+    for _ in range(12):
+        route.acknowledged(Acks("r", 1, (0,), fetch_s=0.1, landing=3), 1_000_000)
+    assert route.link == Link(pytest.approx(1e7), 0.0)
+    assert pick(route) == "int8"
+    choice = route.choose(("raw",), AHEAD, Load())
+    assert choice.best.decode_s == pytest.approx(3 * 10_000_000 / 1e9)
+
+
+def test_a_receiver_that_did_not_probe_is_assumed_near(route):
+    route.welcomed(Welcome("d", "g"))
+    assert route.link == UNMEASURED
+    route.acknowledged(Acks("r", 1, (0,), landing=-5), 1000)  # neither timed nor plausible
+    assert route.link == UNMEASURED
+
+
+@pytest.mark.parametrize(
+    "welcome",
+    [
+        Welcome("d", "g", (DecodeSpeed("raw", 0.0, 0.0),)),
+        Welcome("d", "g", (DecodeSpeed("raw", -1.0, 1e9),)),
+        Welcome("d", "g", (DecodeSpeed("raw", 0.0, math.nan),)),
+        Welcome("d", "g", SPEEDS, Probed(math.inf, 1e9)),
+        Welcome("d", "g", SPEEDS, Probed(0.0, -1.0)),
+    ],
+)
+def test_impossible_speeds_are_refused(route, welcome):
+    with pytest.raises(ProtocolError, match="Welcome"):
+        route.welcomed(welcome)
+    assert pick(route) == "raw"
+
+
+def test_ratios_follow_what_blocks_really_took():
+    ratios = Ratios(HERE)
+    route = Route(ratios)
+    route.welcomed(Welcome("d", "g", SPEEDS, SLOW_LINK))
+    for _ in range(60):
+        ratios.encoded("lossless", 1000, 200)
+    assert ratios.candidates["lossless"].ratio == pytest.approx(5.0, rel=0.02)
+    assert pick(route) == "lossless"
+    ratios.encoded("never measured", 1000, 100)
+    assert set(ratios.candidates) == {one.name for one in HERE}
+
+
+def test_a_ratio_that_hardly_moves_is_left_alone():
+    ratios = Ratios(HERE)
+    before = dict(ratios.candidates)
+    ratios.encoded("lossless", 1500, 1000)
+    assert ratios.candidates == before
+    assert dataclasses.replace(HERE[1]) == before["lossless"]
