@@ -165,6 +165,8 @@ class ProbeSent:
     latency_s: float  # of one token's KV, from the push to its last acknowledgement: the best of a few
     seconds: float  # of the remaining tokens together
     kv_bytes: int  # of those, before encoding
+    link_bytes_per_s: float  # of fetches alone, without encoding and landing
+    link_latency_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,7 @@ class ProbeLanded:
     wire_bytes: int
     tcp_bytes: int  # that this process received over TCP meanwhile, as the kernel counts
     transport: str  # as configured there
+    carrier: str  # what it uses, as the transport itself says
 
 
 PLANE = Registry(

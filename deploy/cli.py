@@ -1,4 +1,4 @@
-"""The command line: ``baton up | down | status | generate | chat | model pull | config show``.
+"""The command line: ``baton up | down | status | doctor | generate | chat | model pull | config show``.
 
 Answers go to standard output, everything about them (progress, ledgers, errors) to standard error. Exit codes: 0 done,
 1 the service failed, 2 the input or the configuration is wrong, 130 interrupted. Ray and torch are imported only by
@@ -99,6 +99,30 @@ def status(name: Name = "baton", address: Address = None) -> None:
 
     with _client(name, address) as client:
         Console().print(draw.status(client.status()))
+
+
+@app.command()
+def doctor(
+    *,
+    name: Annotated[str | None, typer.Option(help="Examine this running local cluster.")] = None,
+    address: Annotated[str | None, typer.Option(help="host:port of a gRPC endpoint: examine its cluster.")] = None,
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Find out what is wrong here or with a running cluster, and what mends it. Exit code 1: something is wrong."""
+    from deploy.doctor import examine, findings, show
+
+    try:
+        if name is None and address is None:
+            source = examine.machine(config)
+        else:
+            source = examine.running(name or "baton", address, config)
+        found = list(source if as_json else show.stream(source, Console(highlight=False)))
+    except BatonError as error:
+        _note(f"error: {error}")
+        raise typer.Exit(findings.CANNOT_RUN) from None
+    print(show.as_json(found) if as_json else show.summary(found))
+    raise typer.Exit(findings.exit_code(found))
 
 
 @app.command()

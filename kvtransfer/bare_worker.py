@@ -17,9 +17,11 @@ from typing import Any
 from baton.config import HandoffConfig
 from baton.errors import BatonError
 from baton.frames import FrameStream
+from baton.guard import Guard
 from baton.layout import KVLayout
 from baton.messages import Cancel, Hello, Inspect, Load, Probe
 from baton.plane import PlaneServer
+from baton.secure import ClusterKey
 from baton.tasks import Jobs
 from kvtransfer.probe import Probes
 from kvtransfer.receiver import Receiver
@@ -37,14 +39,16 @@ class Order:
     role: str  # "prefill" sends, "decode" lands
     layout: KVLayout
     handoff: HandoffConfig
+    key: str  # made for this pair alone
 
     def line(self) -> str:
-        return json.dumps({"role": self.role, "layout": asdict(self.layout), "handoff": self.handoff.model_dump()})
+        tree = {"role": self.role, "layout": asdict(self.layout), "handoff": self.handoff.model_dump(), "key": self.key}
+        return json.dumps(tree)
 
     @classmethod
     def read(cls, line: str) -> Order:
         tree = json.loads(line)
-        return cls(tree["role"], KVLayout(**tree["layout"]), HandoffConfig(**tree["handoff"]))
+        return cls(tree["role"], KVLayout(**tree["layout"]), HandoffConfig(**tree["handoff"]), tree["key"])
 
 
 class BareWorker:
@@ -52,14 +56,14 @@ class BareWorker:
 
     def __init__(self, order: Order) -> None:
         name, generation = f"bare-{order.role}", secrets.token_hex(8)
-        end = Sender if order.role == "prefill" else Receiver
-        self._end: Sender | Receiver = end(
-            order.layout, order.handoff, host=HOST, worker_id=name, generation=generation
-        )
+        guard = Guard(ClusterKey(order.key))
+        self._end = _end(order, guard, name, generation)
         self._tasks = Jobs()
-        self._probes = Probes(order.layout, order.handoff, worker_id=name, host=HOST, load=self.load, own=self._end)
+        self._probes = Probes(
+            order.layout, order.handoff, worker_id=name, host=HOST, load=self.load, own=self._end, key=guard.key
+        )
         hello = Hello(order.role, name, generation, order.layout.fingerprint, order.layout.dtype)
-        self._plane = PlaneServer(self, hello, host=HOST)
+        self._plane = PlaneServer(self, hello, host=HOST, guard=guard)
 
     async def start(self) -> int:
         """The port on which it listens. Raises :class:`baton.errors.ConfigError`."""
@@ -92,6 +96,13 @@ class BareWorker:
         return Load(
             0, 0, 0, 0, 0, held.leases, held.landing_bytes_used, held.landing_bytes_total, held.quarantined_bytes
         )
+
+
+def _end(order: Order, guard: Guard, worker_id: str, generation: str) -> Sender | Receiver:
+    layout, handoff = order.layout, order.handoff
+    if order.role == "prefill":
+        return Sender(layout, handoff, host=HOST, key=guard.key, worker_id=worker_id, generation=generation)
+    return Receiver(layout, handoff, host=HOST, guard=guard, worker_id=worker_id, generation=generation)
 
 
 async def _serve(line: str) -> int:

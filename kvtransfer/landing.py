@@ -160,6 +160,10 @@ class Puller:
     def pull(self, block: Block, landing: Landing) -> None:
         self._wanted.put((block, landing))
 
+    def carrier(self) -> str:
+        """What carries the bytes, as the transport itself says."""
+        return self._source.carrier()
+
     def stop(self) -> None:
         """Gives up the fetch under way and every queued one."""
         self._stopped = True

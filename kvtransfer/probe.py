@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from baton import host
-from baton.config import CODECS, HandoffConfig
+from baton.config import AUTO, CODECS, HandoffConfig
 from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
@@ -91,8 +91,8 @@ class Probes:
         """Raises :class:`InvalidRequest` or :class:`Overloaded`."""
         if not 0 < probe.kv_bytes <= MAX_PROBE_BYTES:
             raise InvalidRequest("kv_bytes", f"is {probe.kv_bytes}, allowed: 1 to {MAX_PROBE_BYTES}")
-        if probe.codec not in CODECS:
-            raise InvalidRequest("codec", f"is {probe.codec!r}, allowed: {', '.join(CODECS)}")
+        if probe.codec not in (AUTO, *CODECS):
+            raise InvalidRequest("codec", f"is {probe.codec!r}, allowed: {AUTO}, {', '.join(CODECS)}")
         if not 0.0 < probe.budget_s <= MAX_BUDGET_S:
             raise InvalidRequest("budget_s", f"is {probe.budget_s}, allowed: above 0, at most {MAX_BUDGET_S:g}")
         reason = "another probe is under way" if self._under_way else refusal(self._load())
@@ -107,18 +107,19 @@ class Probes:
             try:
                 ticket = receiver.reserve(
                     probe.request_id, 1, tokens=tokens, codec=probe.codec,
-                    budget_s=probe.budget_s, write=pattern.compare,
+                    floor=self._config.quality_floor, budget_s=probe.budget_s, write=pattern.compare,
                 )  # fmt: skip
             except ValueError as error:
                 raise InvalidRequest("request_id", str(error)) from None
             try:
                 answer(link, Granted(ticket))
                 landed = _landed(await receiver.outcome(probe.request_id))
+                carrier = receiver.carrier(probe.request_id)
                 tcp_bytes = await asyncio.to_thread(tcp_received) - tcp_before
             finally:
                 await asyncio.shield(receiver.release(probe.request_id))
             return ProbeLanded(
-                probe.request_id, pattern.exact, landed.bytes, max(0, tcp_bytes), receiver.stats().transport
+                probe.request_id, pattern.exact, landed.bytes, max(0, tcp_bytes), self._config.transport, carrier
             )
 
     async def _send(self, probe: Probe, ticket: Ticket) -> ProbeSent:
@@ -133,10 +134,11 @@ class Probes:
                 seconds = await self._round(outgoing, start, tokens - start)
                 outgoing.finish(TokenEvent(probe.request_id, 0, 0))
                 _landed(await outgoing.outcome())
+                way = sender.link_to(ticket)
             finally:
                 outgoing.abort("the probe was given up")  # changes nothing once it has landed
         kv_bytes = (tokens - start) * self._layout.token_bytes
-        return ProbeSent(probe.request_id, setup_s, min(rounds), seconds, kv_bytes)
+        return ProbeSent(probe.request_id, setup_s, min(rounds), seconds, kv_bytes, way.bytes_per_s, way.latency_s)
 
     def _tokens(self, probe: Probe) -> int:
         return max(MIN_TOKENS, probe.kv_bytes // self._layout.token_bytes)
@@ -182,9 +184,14 @@ class Probes:
             await asyncio.shield(borrowed.close())
 
     def _small(self) -> HandoffConfig:
-        landing, staging = self._config.landing_bytes, self._config.staging_bytes
-        return self._config.model_copy(
-            update={"landing_bytes": min(landing, BUFFER_BYTES), "staging_bytes": min(staging, BUFFER_BYTES)}
+        """Fewer buffers, and no lossy codec: every codec that may be chosen is measured at the start."""
+        config = self._config
+        return config.model_copy(
+            update={
+                "landing_bytes": min(config.landing_bytes, BUFFER_BYTES),
+                "staging_bytes": min(config.staging_bytes, BUFFER_BYTES),
+                "quality_floor": "exact",
+            }
         )
 
 

@@ -156,6 +156,13 @@ class Receiver:
         await intake.quiet()
         self._intakes.forget(intake)
 
+    def carrier(self, request_id: str) -> str:
+        """What carries the blocks of a handoff under way, as the transport itself says; empty when none has begun."""
+        intake = self._intakes.get(request_id)
+        peer = 0 if intake is None else intake.lease.peer
+        pullers = (link.puller for link in self._links if link.peer == peer)
+        return next((puller.carrier() for puller in pullers if puller is not None), "")
+
     def stats(self) -> ReceiverStats:
         landing = self._pool.stats()
         return ReceiverStats(

@@ -59,7 +59,7 @@ class ReceiverLink:
 
     def __init__(self, ground: Ground, stream: FrameStream) -> None:
         self._ground, self._stream = ground, stream
-        self._peer = next(_peers)
+        self.peer = next(_peers)
         self._sent_at = time.monotonic()
         self._broken = ""
         self._loop = asyncio.get_running_loop()
@@ -82,7 +82,7 @@ class ReceiverLink:
 
     def tick(self, now: float) -> None:
         """Sends a heartbeat while the sender has leases here."""
-        if now - self._sent_at >= self._ground.stall_s / 5 and self._ground.intakes.feeds(self._peer):
+        if now - self._sent_at >= self._ground.stall_s / 5 and self._ground.intakes.feeds(self.peer):
             try:
                 self._send(Alive())
             except Unavailable as error:
@@ -148,10 +148,10 @@ class ReceiverLink:
     def _take(self, record: object, puller: Puller) -> None:
         if not isinstance(record, Begin | Block | Commit | Drop | Alive):
             raise ProtocolError(f"{type(record).__name__} on the receiver's side")
-        self._ground.intakes.hear(self._peer)
+        self._ground.intakes.hear(self.peer)
         if isinstance(record, Alive):
             return
-        intake = self._ground.intakes.find(record.request_id, record.epoch, self._peer)
+        intake = self._ground.intakes.find(record.request_id, record.epoch, self.peer)
         if intake is not None:
             self._apply(record, intake, puller)
         elif isinstance(record, Begin):
@@ -160,7 +160,7 @@ class ReceiverLink:
     def _apply(self, record: Begin | Block | Commit | Drop, intake: Intake, puller: Puller) -> None:
         match record:
             case Begin():
-                intake.begin(self._peer, record, self._send)
+                intake.begin(self.peer, record, self._send)
             case Block():
                 if intake.announce(record, max_nbytes=self._bound(record)):
                     puller.pull(record, intake.landing)
@@ -179,7 +179,7 @@ class ReceiverLink:
         self._stream.send(record)
 
     def _end(self, reason: str) -> None:
-        self._ground.intakes.lose_peer(self._peer, reason)
+        self._ground.intakes.lose_peer(self.peer, reason)
         if self.puller is not None:
             self.puller.stop()
         self._stream.abort()

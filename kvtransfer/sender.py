@@ -14,6 +14,7 @@ from baton.layout import KVLayout
 from baton.messages import Ticket
 from baton.secure import ClusterKey
 from kvtransfer.arena import BufferPool
+from kvtransfer.chooser import Link
 from kvtransfer.codec_speeds import describe, measure_codecs
 from kvtransfer.codecs import largest_block, make_codec
 from kvtransfer.encoder import Encoder, Gather
@@ -107,6 +108,11 @@ class Sender:
         else:
             self._link(ticket).add(outgoing)
         return outgoing
+
+    def link_to(self, ticket: Ticket) -> Link:
+        """What is measured by now of the way to the ticket's receiver."""
+        with self._encoder.changed:
+            return self._route(ticket).link
 
     def _link(self, ticket: Ticket) -> SenderLink:
         """The connection to the ticket's receiver, opened on first use."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 _LINE = re.compile(r"\| (?P<cells>.*\S) *\|\s*$")
 _ENDPOINT = re.compile(r"(?P<agent>\S+) (?P<where>self|intra-node|inter-node|\S+) cfg#\d+$")
 _RANGE = re.compile(r"(?P<low>\d+[KMG]?)(?:\.\.(?P<high>\d+[KMG]?|inf))?$")
+_NAME_CHARS = 31  # UCX cuts an agent's name there
 _COMPLAINT = re.compile(r"UCX\s+(WARN|ERROR|FATAL)\s+(?P<text>.*\S)")
 
 
@@ -61,6 +62,8 @@ def parse_complaints(text: str) -> tuple[str, ...]:
 def describe(paths: tuple[UcxPath, ...], agent: str) -> str:
     """How ``agent`` reads from its peers, such as "cma/memory (intra-node, zero-copy)"; empty before its first read."""
     reads = dict.fromkeys(
-        f"{path.transports} ({path.where}, {path.protocol})" for path in paths if path.agent == agent and path.is_read
+        f"{path.transports} ({path.where}, {path.protocol})"
+        for path in paths
+        if path.agent == agent[:_NAME_CHARS] and path.is_read
     )
     return "; ".join(reads)
