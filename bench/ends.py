@@ -190,7 +190,7 @@ class SendEnd:
     async def scribble(self, seed: int) -> int:
         """Flips one bit in every hundredth byte of the staged ones, as broken memory would; how many."""
         staging, generator, flipped = self._sender._staging, random.Random(seed), 0
-        for offset in range(0, min(staging.memory.nbytes, 4 * max(1, staging.stats().used_bytes)), 100):
+        for offset in range(0, min(staging.memory.nbytes - 100, 4 * max(1, staging.stats().used_bytes)), 100):
             view = staging.memory.view(offset, 100)
             view[generator.randrange(100)] ^= 1 << generator.randrange(8)
             flipped += 1
@@ -236,14 +236,14 @@ class LandEnd:
             cache.scatter(layer, table, start, keys, values)
 
         self._tables[request_id] = table
-        return self._receiver.reserve(
-            request_id, epoch, tokens=tokens, codec=codec, budget_s=budget_s, write=write
-        )
+        return self._receiver.reserve(request_id, epoch, tokens=tokens, codec=codec, budget_s=budget_s, write=write)
 
     async def ended(self, request_id: str) -> Ended:
         return Ended(await self._receiver.outcome(request_id), time.monotonic())
 
-    async def verdict(self, request_id: str, tokens: int, source: int | Path, codec: str, pushes: Sequence[Push]) -> Verdict:
+    async def verdict(
+        self, request_id: str, tokens: int, source: int | Path, codec: str, pushes: Sequence[Push]
+    ) -> Verdict:
         """What is in the request's pages, against ``source`` after ``codec``."""
         want = seeded(self._layout, tokens, source) if isinstance(source, int) else stored(source)
         if codec not in ("raw", "lossless"):
@@ -260,7 +260,8 @@ class LandEnd:
                 count = min(most, push.start + push.count - start)
                 part = layers[push.layer][start : start + count]
                 after = layers[push.layer].shape[0] - start - count
-                size = codec.encode(*part.chunk(2, dim=1), room, before=start, after=after)
+                keys, values = part.chunk(2, dim=1)
+                size = codec.encode(keys, values, room, before=start, after=after)
                 decoded[push.layer][start : start + count] = torch.cat(codec.decode(room[:size], count), dim=1)
         return decoded
 

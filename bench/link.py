@@ -25,13 +25,29 @@ class Link:
         _ip("link", "set", "far", "netns", str(far_pid))
         _ip("addr", "add", f"{NEAR}/24", "dev", "near")
         _ip("link", "set", "near", "up")
-        for command in (("addr", "add", f"{FAR}/24", "dev", "far"), ("link", "set", "far", "up"), ("link", "set", "lo", "up")):
+        for command in (
+            ("addr", "add", f"{FAR}/24", "dev", "far"),
+            ("link", "set", "far", "up"),
+            ("link", "set", "lo", "up"),
+        ):
             _run("nsenter", f"--net={self._far}", "ip", *command)
 
     def shape(self, gbit_per_s: float | None) -> None:
         """Limits what FAR sends; None lifts the limit. The bucket holds 2 ms, and one largest packet at least."""
         if gbit_per_s is None:
-            _run("nsenter", f"--net={self._far}", "tc", "qdisc", "replace", "dev", "far", "root", "pfifo", "limit", "1000")
+            _run(
+                "nsenter",
+                f"--net={self._far}",
+                "tc",
+                "qdisc",
+                "replace",
+                "dev",
+                "far",
+                "root",
+                "pfifo",
+                "limit",
+                "1000",
+            )
             return
         burst = max(2 * MTU_BYTES, int(gbit_per_s * 1e9 / 8 * 2e-3))
         _run(

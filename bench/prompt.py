@@ -55,7 +55,10 @@ def record(tokens: int, dtype: Dtype, folder: Path) -> Prompt:
     config, pace = Config().model, _Pace()
     model_folder = hub.resolve(config.id, Path(config.cache_dir).expanduser())
     engine = build_engine(
-        load_model(model_folder, "float32", 1), PoolConfig(kv_tokens=2048, threads=1, prefix_cache=False), 2048, observer=pace
+        load_model(model_folder, "float32", 1),
+        PoolConfig(kv_tokens=2048, threads=1, prefix_cache=False),
+        2048,
+        observer=pace,
     )
     ids = text(model_folder, tokens)
     prefill_s = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 PRELOAD = ("torch", "kvtransfer.sender", "kvtransfer.receiver", "bench.ends")
 START_S = 60.0
@@ -125,16 +128,18 @@ async def _serve(connection: Connection, target: object) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
-        task = asyncio.create_task(_answer(connection, target, *await commands.get()))
+        task = asyncio.create_task(_answer(connection, target, await commands.get()))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
 
 async def _answer(
-    connection: Connection, target: object, number: int, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    connection: Connection, target: object, command: tuple[int, str, tuple[Any, ...], dict[str, Any]]
 ) -> None:
+    number, method, args, kwargs = command
     try:
         answer = (number, True, await getattr(target, method)(*args, **kwargs))
-    except Exception as error:  # the process's boundary: the caller raises it
+    except Exception as error:
+        log.exception("%s failed", method)  # and the caller raises it
         answer = (number, False, f"{method}: {error!r}")
     connection.send(answer)
