@@ -5,12 +5,16 @@ seed, so that the receiving process can check every bit without having seen the 
 """
 
 import asyncio
+import functools
+import hashlib
+import itertools
 import os
 import signal
 import threading
 import time
 import traceback
 
+import numpy
 import torch
 
 import kvtransfer.encoder
@@ -19,8 +23,10 @@ from baton.errors import BatonError
 from baton.layout import KVLayout
 from baton.messages import Ticket
 from baton.request import TokenEvent
+from kvtransfer.arena import HostMemory
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
+from kvtransfer.transports import FetchLost, make_exporter, make_fetcher
 
 torch.set_num_threads(1)
 
@@ -31,6 +37,15 @@ def sequence(layout, tokens, seed):
     shape = (layout.layers, 2, tokens, layout.kv_heads, layout.head_dim)
     dtype = torch.float32 if layout.dtype == "float32" else torch.bfloat16
     return torch.randn(shape, generator=random).to(dtype)
+
+
+LANDING_BYTES = 48 << 20
+
+
+@functools.lru_cache(maxsize=2)
+def pattern(seed, nbytes):
+    """Random bytes of which a shorter pattern of the same seed is the beginning."""
+    return numpy.random.default_rng(seed).bytes(nbytes)
 
 
 class Pages:
@@ -62,6 +77,8 @@ class Pages:
 class Peer:
     def __init__(self):
         self.pages, self.outgoing, self.writes = {}, {}, {}
+        self.sources, self.fetcher, self.exporter, self.ended = [], None, None, None
+        self.names = itertools.count()
         self.go = threading.Event()
         self.go.set()
 
@@ -193,6 +210,78 @@ class Peer:
             return digest
 
         kvtransfer.encoder.block_digest = flip if layer >= 0 else signed
+
+    # Memory and a transport, without the handoff.
+
+    async def export(self, config, nbytes, seed):
+        if self.exporter is not None:
+            self.exporter.close()
+        config = HandoffConfig(**config)
+        self.exported = HostMemory(nbytes)
+        self.exported.view(0, nbytes)[:] = pattern(seed, nbytes)
+        self.exporter = make_exporter(
+            config.transport, self.exported, name=f"p{os.getpid()}-{next(self.names)}", host="127.0.0.1",
+            ucx_tls=config.ucx_tls, tls=config.tls,
+        )  # fmt: skip
+        return self.exporter.address()
+
+    async def close_export(self):
+        self.exporter.close()
+        self.exporter = None
+
+    async def rewrite(self, seed):
+        self.exported.view(0, self.exported.nbytes)[:] = pattern(seed, self.exported.nbytes)
+
+    async def connect(self, config, address):
+        if self.fetcher is None:
+            config = HandoffConfig(**config)
+            self.landing = HostMemory(LANDING_BYTES)
+            self.fetcher = make_fetcher(
+                config.transport, self.landing, name="d", ucx_tls=config.ucx_tls, tls=config.tls
+            )  # fmt: skip
+        if not self.sources:
+            self.landing.view(0, LANDING_BYTES)[:] = bytes(LANDING_BYTES)
+        self.sources.append(await asyncio.to_thread(self.fetcher.connect, address, 5.0))
+        return len(self.sources) - 1
+
+    async def fetch(self, source, offset, nbytes, at, deadline_s):
+        started = time.monotonic()
+        self.ended, reason = None, ""
+        try:
+            await asyncio.to_thread(self.sources[source].fetch, offset, nbytes, at, deadline_s)
+        except FetchLost as lost:
+            self.ended, reason = lost.ended, str(lost)
+        return reason, self.ended is None, time.monotonic() - started
+
+    async def connect_and_fetch(self, address, nbytes):
+        """Why that failed, or ""."""
+        try:
+            source = await asyncio.to_thread(self.fetcher.connect, address, 2.0)
+        except FetchLost as lost:
+            return str(lost)
+        self.sources.append(source)
+        return (await self.fetch(-1, 0, nbytes, 0, 2.0))[0]
+
+    async def transfer_ended(self):
+        return self.ended is None or await asyncio.to_thread(self.ended)
+
+    async def interrupt(self, source):
+        self.sources[source].interrupt()
+
+    async def carrier(self, source):
+        return self.sources[source].carrier()
+
+    async def holds(self, seed, offset, nbytes, at):
+        want = pattern(seed, LANDING_BYTES)[offset : offset + nbytes] if seed else bytes(nbytes)
+        return bytes(self.landing.view(at, nbytes)) == bytes(want)
+
+    async def digest(self):
+        return hashlib.blake2b(self.landing.view(0, LANDING_BYTES)).digest()
+
+    async def close_sources(self):
+        for source in self.sources:
+            source.close()
+        self.sources.clear()
 
     async def busy_s(self):
         return time.process_time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import sys
@@ -11,9 +12,11 @@ import time
 import msgpack
 import pytest
 
+from baton.config import TlsConfig
 from baton.errors import ConfigError
 from kvtransfer.arena import HostMemory
 from kvtransfer.transports import FetchLost, make_exporter, make_fetcher
+from kvtransfer.transports.data_port import receive
 
 
 @pytest.fixture
@@ -21,24 +24,34 @@ def landing():
     return HostMemory(4096)
 
 
-def _ends(transport, landing):
+def _exporter(transport, tls):
     staged = HostMemory(4096)
     staged.view(0, 4096)[:] = bytes(range(256)) * 16
-    exporter = make_exporter(transport, staged, name="p", host="127.0.0.1", ucx_tls="")
-    fetcher = make_fetcher(transport, landing, name="d", ucx_tls="")
+    return make_exporter(transport, staged, name="p", host="127.0.0.1", ucx_tls="", tls=tls)
+
+
+def _ends(name, landing, files):
+    transport, tls = name.removesuffix("-tls"), TlsConfig(**files if name.endswith("-tls") else {})
+    exporter = _exporter(transport, tls)
+    fetcher = make_fetcher(transport, landing, name="d", ucx_tls="", tls=tls)
     yield exporter, fetcher
     exporter.close()
     fetcher.close()
 
 
-@pytest.fixture(params=["tcp", "loopback"])
-def ends(request, landing):
-    yield from _ends(request.param, landing)
+@pytest.fixture(params=["tcp", "tcp-tls", "gloo", "loopback"])
+def ends(request, landing, tls):
+    yield from _ends(request.param, landing, tls)
+
+
+@pytest.fixture(params=["tcp", "tcp-tls"])
+def tcp_ends(request, landing, tls):
+    yield from _ends(request.param, landing, tls)
 
 
 @pytest.fixture
-def tcp_ends(landing):
-    yield from _ends("tcp", landing)
+def plain_ends(landing):
+    yield from _ends("tcp", landing, {})
 
 
 def test_a_fetch_copies_exactly_its_range(ends, landing):
@@ -77,38 +90,42 @@ def test_an_interrupted_or_orphaned_source_fetches_no_more(ends):
 
 
 @pytest.mark.parametrize(
-    "address", [b"", b"\xc1", b"pigeon", msgpack.packb([1, 2]), msgpack.packb(["127.0.0.1", 0, b"t" * 16, 9]),
-                msgpack.packb(["127.0.0.1", 70000, b"t" * 16, 9]), msgpack.packb(["127.0.0.1", 80, b"t", 9]),
-                msgpack.packb([None] * 4), msgpack.packb({"a": 1}), msgpack.packb([0] * 100)],
+    "address", [b"", b"\xc1", b"pigeon", msgpack.packb([1, 2]), msgpack.packb(["127.0.0.1", 0, b"t" * 16, 9, False]),
+                msgpack.packb(["127.0.0.1", 70000, b"t" * 16, 9, False]),
+                msgpack.packb(["127.0.0.1", 80, b"t", 9, False]), msgpack.packb(["127.0.0.1", 80, b"t" * 16, 9, 1]), msgpack.packb([None] * 5), msgpack.packb({"a": 1}),
+                msgpack.packb([0] * 100)],
 )  # fmt: skip
-def test_an_address_that_is_none_is_refused(landing, address):
-    with pytest.raises(FetchLost, match="not a tcp address"):
-        make_fetcher("tcp", landing, name="d", ucx_tls="").connect(address, 1.0)
+@pytest.mark.parametrize("transport", ["tcp", "gloo"])
+def test_an_address_that_is_none_is_refused(landing, transport, address):
+    with pytest.raises(FetchLost, match=f"not a {transport} address"):
+        make_fetcher(transport, landing, name="d", ucx_tls="").connect(address, 1.0)
 
 
-def test_a_process_that_merely_got_the_port_serves_nothing(tcp_ends):
+@pytest.mark.parametrize("change", [{2: b"x" * 16}, {3: 4097}], ids=["token", "size"])
+def test_a_process_that_merely_got_the_port_is_not_connected_to(tcp_ends, change):
     exporter, fetcher = tcp_ends
-    host, port, _, exported = msgpack.unpackb(exporter.address())
-    stranger = fetcher.connect(msgpack.packb([host, port, b"x" * 16, exported]), 1.0)
-    with pytest.raises(FetchLost):
-        stranger.fetch(0, 8, 0, 1.0)
+    address = dict(enumerate(msgpack.unpackb(exporter.address()))) | change
+    with pytest.raises(FetchLost, match="did not welcome"):
+        fetcher.connect(msgpack.packb(list(address.values())), 1.0)
 
 
 def _serve(answer):
-    """A tcp exporter that reads the hello and one request, then sends ``answer`` and waits."""
+    """A tcp exporter that welcomes whoever comes and reads one request, then sends ``answer`` and waits."""
     listener = socket.create_server(("127.0.0.1", 0))
     done = threading.Event()
 
     def run():
         peer, _ = listener.accept()
         with peer:
-            peer.recv(16 + 16, socket.MSG_WAITALL)
+            peer.recv(16, socket.MSG_WAITALL)
+            peer.sendall(struct.pack("<Q", 4096))
+            peer.recv(16, socket.MSG_WAITALL)
             peer.sendall(answer)
             done.wait(5)
 
     thread = threading.Thread(target=run)
     thread.start()
-    address = msgpack.packb(["127.0.0.1", listener.getsockname()[1], b"t" * 16, 4096])
+    address = msgpack.packb(["127.0.0.1", listener.getsockname()[1], b"t" * 16, 4096, False])
 
     def end():
         done.set()
@@ -134,13 +151,86 @@ def test_a_short_oversized_or_stalled_answer_is_lost_and_fenced(landing, answer)
     end()
 
 
-def test_an_exporter_refuses_ranges_that_a_fetcher_would_not_ask_for(tcp_ends):
-    exporter, _ = tcp_ends
-    host, port, token, _ = msgpack.unpackb(exporter.address())
+def test_an_exporter_refuses_ranges_that_a_fetcher_would_not_ask_for(plain_ends):
+    exporter, _ = plain_ends
+    host, port, token, *_ = msgpack.unpackb(exporter.address())
     for offset, nbytes in ((4090, 7), (1 << 63, 1 << 63), (0, 0)):
         with socket.create_connection((host, port), timeout=2) as sock:
             sock.sendall(token + struct.pack("<QQ", offset, nbytes))
-            assert sock.recv(8, socket.MSG_WAITALL) == bytes(8)
+            assert receive(sock, 16, None) == struct.pack("<QQ", 4096, 0)
+
+
+@pytest.mark.parametrize(
+    "rendezvous",
+    [b"", struct.pack("<HI", 1, 1 << 31), struct.pack("<HI", 2000, 1), b"".join(
+        struct.pack("<HI", 2, 1) + f"{i:02}".encode() + b"v" for i in range(70))],
+    ids=["silence", "long value", "long key", "many entries"],
+)  # fmt: skip
+def test_a_group_that_is_not_formed_by_the_rules_is_given_up(landing, rendezvous, monkeypatch):
+    """The exporting member drops whoever floods it, and one that is silent when the time for forming is over."""
+    monkeypatch.setattr("kvtransfer.transports.gloo._FORM_S", 1.0)
+    exporter = _exporter("gloo", TlsConfig())
+    host, port, token, *_ = msgpack.unpackb(exporter.address())
+    with socket.create_connection((host, port), timeout=8) as sock:
+        sock.sendall(token + rendezvous)
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(4096):
+                pass
+    source = make_fetcher("gloo", landing, name="d", ucx_tls="").connect(exporter.address(), 5.0)  # others are served
+    source.fetch(0, 4096, 0, 5.0)
+    source.close()
+    exporter.close()
+
+
+def test_both_ends_of_a_tls_connection_must_know_the_authority(landing, tls, stranger):
+    theirs = TlsConfig(**stranger.files("stranger"))
+    ours = TlsConfig(**tls)
+    mixed = TlsConfig(**(stranger.files("halfway") | {"ca": tls["ca"]}))  # trusts us, but nobody signed it for us
+    for serving, fetching, reason in (
+        (ours, theirs, "did not welcome"),
+        (theirs, ours, "did not welcome"),
+        (ours, mixed, "did not welcome"),
+        (ours, TlsConfig(), "speaks TLS, this worker plain tcp"),
+        (TlsConfig(), ours, "speaks plain tcp, this worker TLS"),
+    ):
+        exporter = _exporter("tcp", serving)
+        with pytest.raises(FetchLost, match=reason):
+            make_fetcher("tcp", landing, name="d", ucx_tls="", tls=fetching).connect(exporter.address(), 2.0)
+        exporter.close()
+
+
+def test_nobody_reads_a_tls_connection_in_the_clear(landing, tls):
+    exporter = _exporter("tcp", TlsConfig(**tls))
+    host, port, token, *_ = msgpack.unpackb(exporter.address())
+    with socket.create_connection((host, port), timeout=2) as sock:  # knows the token, speaks no TLS
+        sock.sendall(token + struct.pack("<QQ", 0, 100))
+        try:
+            answer = sock.recv(4096)
+        except ConnectionResetError:
+            answer = b""
+        assert bytes(range(16)) not in answer
+    exporter.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "reason"),
+    [
+        ("cert", None, "handoff.tls.cert: cannot read"),
+        ("key", None, "handoff.tls.key: cannot read"),
+        ("ca", None, "handoff.tls.ca: cannot read"),
+        ("ca", "no certificate", "handoff.tls.ca: .* holds no certificates"),
+        ("key", "no key", "handoff.tls.cert: .* does not fit"),
+    ],
+)
+def test_tls_files_that_do_not_fit_are_named(tls, tmp_path, field, text, reason):
+    landing, path = HostMemory(64), tmp_path / "file"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    wrong = TlsConfig(**(tls | {field: str(path)}))
+    with pytest.raises(ConfigError, match=reason):
+        make_fetcher("tcp", landing, name="d", ucx_tls="", tls=wrong)
+    with pytest.raises(ConfigError, match=reason):
+        make_exporter("tcp", landing, name="d", host="127.0.0.1", ucx_tls="", tls=wrong)
 
 
 @pytest.mark.parametrize("make", [make_exporter, make_fetcher])
