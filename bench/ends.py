@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -176,6 +177,17 @@ class SendEnd:
 
         await asyncio.to_thread(compute)
 
+    async def blast(self, host: str, port: int, nbytes: int) -> None:
+        """Sends ``nbytes`` of its own cache over a plain connection, one block after the other."""
+
+        def send() -> None:
+            block = memoryview(self._pages.cache.layers[0].view(torch.uint8).flatten().numpy())[: 1 << 20]
+            with socket.create_connection((host, port)) as sock:
+                for _ in range(nbytes // len(block) + 1):
+                    sock.sendall(block)
+
+        await asyncio.to_thread(send)
+
     async def abort(self, request_id: str) -> None:
         self._outgoing[request_id].abort("given up")
 
@@ -222,7 +234,7 @@ class LandEnd:
         await self._receiver.close()
 
     async def reserve(
-        self, request_id: str, epoch: int, *, tokens: int, codec: str, budget_s: float,
+        self, request_id: str, epoch: int, *, tokens: int, codec: str, floor: str = "exact", budget_s: float,
         slow_s: float = 0.0, break_layer: int = -1,
     ) -> Ticket:  # fmt: skip
         """``slow_s``: what a write takes longer; ``break_layer`` cannot be written."""
@@ -236,7 +248,9 @@ class LandEnd:
             cache.scatter(layer, table, start, keys, values)
 
         self._tables[request_id] = table
-        return self._receiver.reserve(request_id, epoch, tokens=tokens, codec=codec, budget_s=budget_s, write=write)
+        return self._receiver.reserve(
+            request_id, epoch, tokens=tokens, codec=codec, floor=floor, budget_s=budget_s, write=write
+        )
 
     async def ended(self, request_id: str) -> Ended:
         return Ended(await self._receiver.outcome(request_id), time.monotonic())
