@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow demo bench generate
+.PHONY: help setup check test test-slow fuzz demo bench generate
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := baton router prefill_worker decode_worker kvtransfer engine placement deploy
 PROMPT ?= Why is the sky blue? Answer in two sentences.
+FUZZ_S ?= 60
 BENCH ?= --rate 1 --requests 60
 
 help: ## show this list
@@ -35,6 +36,10 @@ check: setup ## format, lint, types, import layers, generated code, GPU kernels
 
 test: setup ## every test but the slow ones and those that need a GPU
 	$(BIN)/pytest -m 'not slow and not gpu'
+
+fuzz: setup ## fuzz every parser of bytes from the wire; FUZZ_S=60 is for how long each
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench,fuzz]'
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_S)
 
 test-slow: setup ## the slow tests
 	$(BIN)/pytest -m 'slow and not gpu'

@@ -50,7 +50,7 @@ class Registry:
         try:
             raw = msgpack.unpackb(
                 body, raw=False, use_list=True, strict_map_key=True,
-                max_array_len=MAX_ARRAY_ITEMS, max_map_len=4096, max_ext_len=0,
+                max_array_len=min(MAX_ARRAY_ITEMS, len(body)), max_map_len=4096, max_ext_len=0,
             )  # fmt: skip
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             raise ProtocolError(f"not msgpack: {error}") from None

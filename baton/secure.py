@@ -1,4 +1,4 @@
-"""What lets processes of one cluster trust each other: a shared key, a handshake that proves it, sealed frames (ADR 9).
+"""What lets processes of one cluster trust each other: a shared key, a handshake proving it, sealed frames (ADR 10).
 
 The cluster key proves membership, not identity: whoever holds it may act as any worker or router of the cluster.
 
@@ -118,7 +118,7 @@ class Seal:
     """One direction of one connection. Frames are numbered: a lost, repeated, reordered or foreign one does not open.
 
     AES-256-GCM under a key of this direction alone, the frame's number as nonce. On token-plane frames a plain MAC
-    would cost the same (ADR 9), so everything is encrypted.
+    would cost the same (ADR 10), so everything is encrypted.
     """
 
     __slots__ = ("_cipher", "_number")

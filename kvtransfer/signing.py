@@ -1,6 +1,6 @@
 """Keyed digests of blocks, for members of a cluster: who lacks the key cannot make bytes that fit one (ADR 10).
 
-A universal hash whose value nobody sees, then a pseudorandom function over it: ``blake2b(k2, GHASH(k1, bytes), place)``.
+A universal hash whose value nobody sees and a pseudorandom function over it: ``blake2b(k2, GHASH(k1, bytes) + place)``.
 GHASH is what AES-GCM authenticates with. Its nonce is fixed here, which is safe because its value never leaves this
 module; so unlike with a plain GMAC there is no counter that a restart could repeat.
 """
