@@ -1,4 +1,4 @@
-"""The command line: ``baton up | down | status | doctor | generate | chat | model pull | config show``.
+"""The command line: ``baton up | down | status | doctor | generate | chat | model | config | codec``.
 
 Answers go to standard output, everything about them (progress, ledgers, errors) to standard error. Exit codes: 0 done,
 1 the service failed, 2 the input or the configuration is wrong, 130 interrupted. Ray and torch are imported only by
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from baton.errors import BatonError, ConfigError, InvalidRequest, NotFound, Unavailable
+from deploy.codec_cli import codec_app
 
 if TYPE_CHECKING:
     from baton.config import Config
@@ -37,6 +38,7 @@ model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
+app.add_typer(codec_app, name="codec")
 
 Name = Annotated[str, typer.Option(help="Name of the local cluster.")]
 Address = Annotated[str | None, typer.Option(help="host:port of a gRPC endpoint, instead of a local cluster's.")]
