@@ -7,6 +7,7 @@ python -m bench.handoff storm       handoffs among kills, stops, corrupt bytes, 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import sys
@@ -21,6 +22,7 @@ import typer
 from baton.config import AUTO, CODECS, HandoffConfig
 from bench import report
 from bench import shaped as shaped_bench
+from bench import unshaped as unshaped_bench
 from bench.prompt import record
 from bench.storm import Storm, summary
 
@@ -29,7 +31,7 @@ WAYS = {"tcp": ("tcp", ""), "nixl": ("nixl", ""), "nixl-tcp": ("nixl", "tcp")}
 
 
 @app.command()
-def shaped(
+def shaped(  # noqa: PLR0917  options, each by its name
     gbits: Annotated[str, typer.Option(help="Rates of the link.")] = "1,5,10,25",
     transport: Annotated[str, typer.Option(help="tcp or nixl (over TCP).")] = "tcp",
     codecs: Annotated[str, typer.Option(help="Fixed codecs; empty: all.")] = "",
@@ -49,10 +51,9 @@ def shaped(
     with tempfile.TemporaryDirectory() as folder:
         prompt = record(tokens, "bfloat16", Path(folder))
         pushed = shaped_bench.pushes(prompt, speed)
-        with shaped_bench.Bench(prompt, config) as bench:
+        with shaped_bench.Bench(prompt, config, shaped=True) as bench:
             for gbit in map(float, gbits.split(",")):
-                bench.link.shape(gbit)
-                socket_gb_per_s = bench.raw_socket()
+                socket_gb_per_s = bench.shape(gbit)
                 rows = bench.measure(ways, pushed, repeats)
                 result[f"{gbit:g}"] = {
                     "ways": rows,
@@ -94,6 +95,46 @@ def _break_evens(result: dict[str, Any]) -> dict[str, float | None]:
         )
         print(f"break-even of {name}: " + ("outside" if evens[name] is None else f"{evens[name]:.1f} Gb/s"))
     return evens
+
+
+@app.command()
+def unshaped(
+    tokens: Annotated[int, typer.Option(help="Of the prompt whose rate is measured.")] = 1900,
+    repeats: Annotated[int, typer.Option(help="Of each measurement.")] = 9,
+) -> None:
+    """Rates of raw KV, pages to pages, beside NIXL's own and a plain socket's."""
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        prompt = record(tokens, "bfloat16", Path(folder))
+        own = {
+            "nixl": unshaped_bench.nixl_rate(prompt, "", 16, repeats),
+            "nixl-tcp": unshaped_bench.nixl_rate(prompt, "tcp", 16, repeats),
+            "tcp": unshaped_bench.socket_rate(prompt, repeats),
+        }
+        for name, own_gb_per_s in own.items():
+            row = {"own_gb_per_s": own_gb_per_s}
+            row |= {codec: unshaped_bench.handoff_rate(prompt, *WAYS[name], codec, repeats) for codec in ("raw", AUTO)}
+            result[name] = row | {"share": row["raw"] / own_gb_per_s}
+            print(f"{name:9} own {own_gb_per_s:5.2f} GB/s, handoff of raw KV {row['raw']:5.2f} "
+                  f"({result[name]['share']:.0%}), chooser {row[AUTO]:5.2f}", flush=True)  # fmt: skip
+    report.save("handoff-unshaped", result)
+
+
+@app.command()
+def hidden(
+    lengths: Annotated[str, typer.Option(help="Prompt tokens.")] = "512,1024,1900",
+    codecs: Annotated[str, typer.Option(help="Codecs, or auto.")] = f"raw,lossless,{AUTO}",
+    transport: Annotated[str, typer.Option(help="Of tcp, nixl and nixl-tcp.")] = "nixl",
+    repeats: Annotated[int, typer.Option(help="Requests of each kind.")] = 3,
+) -> None:
+    """How much of a handoff prefill does not hide, with a real prefill and a real decode worker on a core each."""
+    with unshaped_bench.Pair(*WAYS[transport]) as pair:
+        result = asyncio.run(pair.split([int(length) for length in lengths.split(",")], codecs.split(","), repeats))
+    for name, one in result.items():
+        stages = ", ".join(f"{stage} {one[stage + '_ms']:.1f}" for stage in ("encode", "wire", "land"))
+        print(f"{name:14} prefill {one['prefill_ms']:7.1f} ms ({one['prefill_alone_ms']:.1f} alone), "
+              f"exposed ms: {stages}; {one['exposed_share']:.2%}")  # fmt: skip
+    report.save(f"handoff-hidden-{transport}", result)
 
 
 @app.command()

@@ -67,11 +67,11 @@ def _run(*command: str) -> None:
 
 
 class RawSink:
-    """Receives with ``recv_into`` at NEAR whatever one connection sends: the link's rate as a plain socket sees it."""
+    """Receives with ``recv_into`` at ``host`` what one connection sends: the link's rate as a plain socket sees it."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, host: str = NEAR) -> None:
         self._nbytes = nbytes
-        self._listener = socket.create_server((NEAR, 0))
+        self._listener = socket.create_server((host, 0))
         self.port = int(self._listener.getsockname()[1])
         self.gb_per_s = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -27,6 +27,7 @@ from bench.remote import Remote
 from kvtransfer.handoff import Landed
 
 BUDGET_S = 60.0
+LOCAL = "127.0.0.1"
 WARM_UP = 2  # handoffs after each change of the link: the sender's meter sees the new rate
 RAW_SOCKET_BYTES = 200_000_000
 
@@ -66,15 +67,16 @@ def pushes(prompt: Prompt, speed: float) -> tuple[Push, ...]:
 
 
 class Bench:
-    """A sender behind a shaped link, a receiver before it. Use ``with``."""
+    """A sender and a receiver, a core each; ``shaped``: in networks of their own with a link between. Use ``with``."""
 
-    def __init__(self, prompt: Prompt, config: HandoffConfig) -> None:
+    def __init__(self, prompt: Prompt, config: HandoffConfig, *, shaped: bool) -> None:
         self._prompt = prompt
         self._numbers = itertools.count()
-        self._land, self._send = Remote(LandEnd), Remote(SendEnd, own_network=True)
-        self.link = Link(self._send.pid)
-        self._land.call("start", prompt.layout, config, worker_id="d0", generation="gd", tokens=4096, host=NEAR)
-        self._send.call("start", prompt.layout, config, worker_id="p0", generation="gp", tokens=4096, host=FAR)
+        self._land, self._send = Remote(LandEnd, core=0), Remote(SendEnd, core=1, own_network=shaped)
+        self._link = Link(self._send.pid) if shaped else None
+        near, far = (NEAR, FAR) if shaped else (LOCAL, LOCAL)
+        self._land.call("start", prompt.layout, config, worker_id="d0", generation="gd", tokens=4096, host=near)
+        self._send.call("start", prompt.layout, config, worker_id="p0", generation="gp", tokens=4096, host=far)
         self._send.call("put", "prompt", prompt.tokens, prompt.path)
 
     def __enter__(self) -> Bench:
@@ -84,8 +86,11 @@ class Bench:
         self._land.end()
         self._send.end()
 
-    def raw_socket(self) -> float:
-        """GB/s of one plain connection."""
+    def shape(self, gbit_per_s: float) -> float:
+        """Limits the link; GB/s of one plain connection over it."""
+        if self._link is None:
+            raise RuntimeError("there is no link to shape")
+        self._link.shape(gbit_per_s)
         sink = RawSink(RAW_SOCKET_BYTES)
         self._send.call("blast", NEAR, sink.port, RAW_SOCKET_BYTES)
         return sink.result()

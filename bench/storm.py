@@ -35,8 +35,8 @@ STALL_S, LEASE_S = 1.0, 0.8
 BUDGET_S = 6.0
 SLACK_S = 3.0  # a machine that is busy with other things may be this late
 LONG_STOP_S, SHORT_STOP_S = 1.6 * STALL_S, 0.3 * STALL_S
-ROUND = 8  # handoffs at once
-POOL_TOKENS = 4096
+ROUND = 16  # handoffs at once
+POOL_TOKENS = 8192
 
 Harm = Literal[
     "none", "slow gather", "slow write", "sender aborts", "receiver releases", "gather fails", "write fails",

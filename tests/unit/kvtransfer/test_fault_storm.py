@@ -19,7 +19,7 @@ def _survives(transport: str, ucx_tls: str, handoffs: int, seed: int) -> None:
 
 @pytest.mark.parametrize(("transport", "ucx_tls"), WAYS)
 def test_a_squall(transport: str, ucx_tls: str) -> None:
-    _survives(transport, ucx_tls, 3 * ROUND if transport == "tcp" else 2 * ROUND, seed=2)
+    _survives(transport, ucx_tls, 2 * ROUND if transport == "tcp" else ROUND, seed=2)
 
 
 @pytest.mark.slow
