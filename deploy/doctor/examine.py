@@ -61,7 +61,7 @@ def _handoff_here(config: Config, model: ModelFiles) -> Iterator[Finding]:
         return
     try:
         with bare.workers(model.layout, config.handoff) as (prefill, decode, key):
-            yield from _pairs(
+            yield from pairs(
                 [prefill], [decode], transport=config.handoff.transport, codec=config.handoff.codec, key=key
             )
     except BatonError as error:
@@ -101,12 +101,12 @@ def cluster(status: pb.GetStatusResponse, configured: Config | None, key: Cluste
             yield pair_checks.empty(pool.role)
     if not places["prefill"]:
         yield ok("handoff", "all pools", "no prefill worker is ready: nothing is handed over")
-    yield from _pairs(
+    yield from pairs(
         places["prefill"], places["decode"], transport=transport, codec=status.codec, key=key, limits=configured
     )
 
 
-def _pairs(
+def pairs(
     prefill: list[Place], decode: list[Place],
     *, transport: str, codec: str, key: ClusterKey | None, limits: Config | None = None,
 ) -> Iterator[Finding]:  # fmt: skip
