@@ -38,5 +38,13 @@ class KVLayout:
     @property
     def fingerprint(self) -> str:
         """16 hex digits that differ when any field differs."""
-        text = f"{self.model}|{self.layers}|{self.kv_heads}|{self.head_dim}|{self.dtype}"
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return _digest(f"{self.model}|{self.layers}|{self.kv_heads}|{self.head_dim}|{self.dtype}")
+
+    @property
+    def family(self) -> str:
+        """16 hex digits that two workers must share to hand KV over: all but the dtype, which the receiver converts."""
+        return _digest(f"{self.model}|{self.layers}|{self.kv_heads}|{self.head_dim}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

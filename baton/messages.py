@@ -32,7 +32,7 @@ class Hello:
     role: str  # "prefill" or "decode"
     worker_id: str
     generation: str
-    layout: str  # KVLayout.fingerprint
+    layout: str  # KVLayout.family
     dtype: str  # of compute and KV
 
 

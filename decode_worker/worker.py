@@ -66,7 +66,7 @@ class DecodeWorker:
         identity = {"worker_id": worker_id, "generation": self.generation}
         guard = Guard(load_key(config.security))
         self._receiver = Receiver(self.layout, config.handoff, host=host, guard=guard, **identity)
-        hello = Hello(role="decode", layout=self.layout.fingerprint, dtype=self.layout.dtype, **identity)
+        hello = Hello(role="decode", layout=self.layout.family, dtype=self.layout.dtype, **identity)
         self._plane = PlaneServer(self, hello, host=host, guard=guard)
         self._jobs: dict[str, _Job] = {}
         self._tasks = Jobs()
@@ -178,7 +178,7 @@ class DecodeWorker:
         match await self._receiver.outcome(work.request_id):
             case Landed() as landed:
                 job.landed, job.landed_s = landed, time.monotonic()
-                exact = landed.codec_tokens.keys() <= EXACT_CODECS
+                exact = landed.dtype == self.layout.dtype and landed.codec_tokens.keys() <= EXACT_CODECS
                 await self._on_engine(lambda engine: engine.start(work.request_id, landed.first, exact=exact))
                 if landed.first.finish:
                     job.finished.set_result(None)

@@ -62,7 +62,7 @@ class BareWorker:
         self._probes = Probes(
             order.layout, order.handoff, worker_id=name, host=HOST, load=self.load, own=self._end, key=guard.key
         )
-        hello = Hello(order.role, name, generation, order.layout.fingerprint, order.layout.dtype)
+        hello = Hello(order.role, name, generation, order.layout.family, order.layout.dtype)
         self._plane = PlaneServer(self, hello, host=HOST, guard=guard)
 
     async def start(self) -> int:

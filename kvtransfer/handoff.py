@@ -35,6 +35,7 @@ class Landed:
     busy_s: float  # all encode, wire and land work, hidden or not
     bytes: int  # encoded bytes that crossed the wire
     codec_tokens: Mapping[str, int] = field(default_factory=dict)  # (layer, token) pairs that crossed in each codec
+    dtype: str = ""  # of the sender's KV; only the receiver is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Lease:
         """``codec``: of every block, or "auto" for any that ``floor`` allows."""
         self.request_id, self.epoch, self.tokens, self.codec = request_id, epoch, tokens, codec
         self._allowed = codecs_allowed(codec, floor)
-        self.peer = 0
+        self.peer, self._dtype = 0, ""
         self.outcome: Outcome | None = None
         self._limits = limits
         self._expires_at = now + budget_s
@@ -94,7 +95,8 @@ class Lease:
         self._fetched_at = self._landed_at = -math.inf
         self._bytes, self._work_s = 0, 0.0
 
-    def begin(self, peer: int, begin: Begin, now: float) -> None:
+    def begin(self, peer: int, begin: Begin, now: float, dtype: str = "") -> None:
+        """``dtype``: of the peer's KV."""
         if self.outcome is not None:
             return
         if self.peer:
@@ -102,7 +104,7 @@ class Lease:
         elif begin.tokens != self.tokens or begin.codec != self.codec:
             self.lose(f"begun as {begin.tokens} tokens in {begin.codec}, reserved {self.tokens} in {self.codec}")
         else:
-            self.peer, self._renewed_at = peer, now
+            self.peer, self._dtype, self._renewed_at = peer, dtype, now
 
     def announce(self, block: Block, now: float, *, max_nbytes: int) -> bool:
         """True when ``block`` may be fetched; otherwise the handoff is lost, or was over before."""
@@ -169,6 +171,7 @@ class Lease:
             busy_s=commit.encode_busy_s + self._work_s,
             bytes=self._bytes,
             codec_tokens=dict(self._codec_tokens),
+            dtype=self._dtype,
         )
 
     def lose(self, reason: str) -> None:

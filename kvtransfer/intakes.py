@@ -34,11 +34,12 @@ class Intake:
             on_arrived=partial(self._post, self.arrived), on_lost=partial(self._post, self.lose),
         )  # fmt: skip
 
-    def begin(self, peer: int, begin: Begin, send: Send) -> None:
+    def begin(self, peer: int, begin: Begin, send: Send, dtype: str) -> None:
+        """``dtype``: of the peer's KV."""
         if self._send is None:
             self._send = send
             self._under_way.add(self)
-        self.lease.begin(peer, begin, time.monotonic())
+        self.lease.begin(peer, begin, time.monotonic(), dtype)
         self._settle(self)
 
     def announce(self, block: Block, *, max_nbytes: int) -> bool:

@@ -9,15 +9,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import Tensor
 
 from baton.config import CODECS
-from baton.layout import KVLayout
+from baton.layout import DTYPES, KVLayout
 from kvtransfer.arena import BufferPool, Region
 from kvtransfer.codecs import CodecError, make_codec
+from kvtransfer.codecs.block import TORCH_DTYPES
 from kvtransfer.handoff import Arrived
 from kvtransfer.protocol import Block, block_digest
 from kvtransfer.signing import BlockKey
@@ -79,6 +80,7 @@ class Landing:
 @dataclass(frozen=True, slots=True)
 class Fetched:
     block: Block
+    wire: KVLayout  # as the sender encoded it
     landing: Landing
     region: Region
     fetch_s: float
@@ -86,11 +88,17 @@ class Fetched:
 
 
 class Lander:
-    """Verifies, decodes and writes fetched blocks. Its queue is bounded by the landing buffers that it holds."""
+    """Verifies fetched blocks, decodes them, and writes them in the dtype of ``layout``, whatever their sender's.
+
+    Its queue is bounded by the landing buffers that it holds.
+    """
 
     def __init__(self, layout: KVLayout, pool: BufferPool, key: BlockKey | None = None) -> None:
-        self._layout, self._pool, self._key = layout, pool, key
-        self._codecs = {name: make_codec(name, layout) for name in CODECS}
+        self._pool, self._key = pool, key
+        self._dtype = TORCH_DTYPES[layout.dtype]
+        self._codecs = {
+            (dtype, name): make_codec(name, replace(layout, dtype=dtype)) for dtype in DTYPES for name in CODECS
+        }
         self._fetched: queue.SimpleQueue[Fetched | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kv-land", daemon=True)
         self._thread.start()
@@ -126,17 +134,17 @@ class Lander:
         block, landing = fetched.block, fetched.landing
         data = self._pool.memory.view(fetched.region.offset, block.nbytes)
         digest = block_digest(
-            data, request_id=block.request_id, epoch=block.epoch, layout=self._layout.fingerprint,
+            data, request_id=block.request_id, epoch=block.epoch, layout=fetched.wire.fingerprint,
             layer=block.layer, start=block.start, count=block.count, codec=block.codec, key=self._key,
         )  # fmt: skip
         if digest != block.digest:
             landing.fail(f"block {block.seq}: digest mismatch")
             return False
-        keys, values = self._codecs[block.codec].decode(data, block.count)
+        keys, values = self._codecs[fetched.wire.dtype, block.codec].decode(data, block.count)
         if not landing.gate.enter():
             return False
         try:
-            landing.write(block.layer, block.start, keys, values)
+            landing.write(block.layer, block.start, keys.to(self._dtype), values.to(self._dtype))
         finally:
             landing.gate.leave()
         return True
@@ -146,10 +154,11 @@ class Puller:
     """Fetches one peer's blocks, in order."""
 
     def __init__(
-        self, source: Source, pool: BufferPool, lander: Lander,
+        self, source: Source, pool: BufferPool, lander: Lander, wire: KVLayout,
         *, stall_s: float, on_broken: Callable[[str], object], name: str,
     ) -> None:  # fmt: skip
-        self._source, self._pool, self._lander, self._stall_s = source, pool, lander, stall_s
+        self._source, self._pool, self._lander, self._wire = source, pool, lander, wire
+        self._stall_s = stall_s
         self._on_broken = on_broken
         self._wanted: queue.SimpleQueue[tuple[Block, Landing] | None] = queue.SimpleQueue()
         self._stopped = False
@@ -206,7 +215,7 @@ class Puller:
             self._give_up(region, error)
             return
         now = time.monotonic()
-        self._lander.put(Fetched(block, landing, region, now - started, now))
+        self._lander.put(Fetched(block, self._wire, landing, region, now - started, now))
 
     def _give_up(self, region: Region, error: FetchLost) -> None:
         if error.ended is None:

@@ -15,6 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -141,7 +142,8 @@ class Probes:
         return ProbeSent(probe.request_id, setup_s, min(rounds), seconds, kv_bytes, way.bytes_per_s, way.latency_s)
 
     def _tokens(self, probe: Probe) -> int:
-        return max(MIN_TOKENS, probe.kv_bytes // self._layout.token_bytes)
+        wide = replace(self._layout, dtype="float32")  # both ends must count alike, whatever their own dtypes
+        return max(MIN_TOKENS, probe.kv_bytes // wide.token_bytes)
 
     async def _round(self, outgoing: Outgoing, start: int, count: int) -> float:
         """Seconds until ``count`` tokens of all layers have landed."""

@@ -42,7 +42,8 @@ class Attach:
     worker_id: str
     generation: str  # of the sender's process
     receiver_generation: str  # the process that the ticket came from; another one refuses
-    layout: str  # KVLayout.fingerprint
+    layout: str  # KVLayout.family
+    dtype: str  # of the sender's KV: what its blocks decode to
     transport: str
     address: bytes  # the exporter's address, in the transport's own form
     staging_bytes: int = 0  # exported at the address: what a probe may read

@@ -5,24 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from baton.config import AUTO, CODECS, FLOORS, HandoffConfig, codecs_within
 from baton.errors import ConfigError, Overloaded
 from baton.guard import Guard
-from baton.layout import KVLayout
+from baton.layout import DTYPES, KVLayout
 from baton.messages import Ticket
 from kvtransfer.arena import BufferPool
 from kvtransfer.codec_speeds import measure_codecs
-from kvtransfer.codecs import largest_block, make_codec
 from kvtransfer.handoff import Expired, Landed, Limits, Lost
 from kvtransfer.intakes import Intakes
 from kvtransfer.landing import Lander, Puller, Write
-from kvtransfer.protocol import CONTROL, DecodeSpeed, block_tokens
+from kvtransfer.protocol import CONTROL, DecodeSpeed
 from kvtransfer.receiver_link import Ground, ReceiverLink
 from kvtransfer.signing import BlockKey
 from kvtransfer.transports import make_fetcher
+from kvtransfer.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ class Receiver:
         self._worker_id, self._generation = worker_id, generation
         self._guard = guard or Guard()
         self._pool = BufferPool(config.landing_bytes)
-        self._codecs = {name: make_codec(name, layout) for name in CODECS}  # for their bounds; never encodes
-        self._block_bytes = largest_block(self._codecs.values(), layout)
+        self._wires = {dtype: Wire(replace(layout, dtype=dtype)) for dtype in DTYPES}
+        self._block_bytes = max(wire.largest_block for wire in self._wires.values())
         self._intakes = Intakes(layout, Limits(config.lease_s, config.stall_s))
         self._links: dict[ReceiverLink, asyncio.Task[None]] = {}
         self._retiring: list[Puller] = []
@@ -70,8 +70,8 @@ class Receiver:
         fetcher = await asyncio.to_thread(build)
         measured = await asyncio.to_thread(measure_codecs, self._layout, codecs_within(self._config.quality_floor))
         self._ground = Ground(
-            self._worker_id, self._generation, self._layout.fingerprint, self._config.transport, self._config.stall_s,
-            self._intakes, self._codecs, block_tokens(self._layout), self._pool, fetcher,
+            self._worker_id, self._generation, self._layout.family, self._config.transport, self._config.stall_s,
+            self._intakes, self._wires, self._pool, fetcher,
             Lander(self._layout, self._pool, BlockKey(self._guard.key) if self._guard.key else None),
             tuple(DecodeSpeed(one.name, one.decode.block_s, one.decode.bytes_per_s) for one in measured),
         )  # fmt: skip
@@ -114,12 +114,13 @@ class Receiver:
 
         ``codec``: of every block, or "auto": any that ``floor`` allows, as the sender chooses block by block.
         ``write(layer, start, keys, values)`` runs on the landing thread, one call at a time, with keys and values
-        [count, kv_heads, head_dim] that are valid during the call only. Blocks come in any order, each (layer, token)
-        at most once. Raises :class:`Overloaded` when the landing side is saturated.
+        [count, kv_heads, head_dim] of this side's dtype, whatever the sender's, that are valid during the call only.
+        Blocks come in any order, each (layer, token) at most once. Raises :class:`Overloaded` when the landing side is
+        saturated.
         """
         if self._ground is None:
             raise RuntimeError("the receiver is not started")
-        if tokens < 1 or codec not in (AUTO, *self._codecs) or floor not in FLOORS:
+        if tokens < 1 or codec not in (AUTO, *CODECS) or floor not in FLOORS:
             raise ValueError(f"{tokens} tokens in codec {codec!r} with floor {floor!r}")
         self._intakes.reserve(
             request_id, epoch, tokens=tokens, codec=codec, floor=floor,
@@ -127,7 +128,7 @@ class Receiver:
         )  # fmt: skip
         return Ticket(
             request_id, epoch, self.host, self.port, self._generation,
-            self._layout.fingerprint, codec, self._config.transport, floor,
+            self._layout.family, codec, self._config.transport, floor,
         )  # fmt: skip
 
     def _capacity(self) -> int:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from baton.errors import ProtocolError, Unavailable
 from baton.frames import FrameStream
 from kvtransfer.arena import BufferPool
-from kvtransfer.codecs import Codec
 from kvtransfer.intakes import Intake, Intakes
 from kvtransfer.landing import Lander, Puller
 from kvtransfer.link_meter import PROBE_BYTES
@@ -30,6 +29,7 @@ from kvtransfer.protocol import (
     Welcome,
 )
 from kvtransfer.transports import Fetcher, FetchLost, Source
+from kvtransfer.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,11 @@ class Ground:
 
     worker_id: str
     generation: str
-    layout: str
+    family: str  # of the layout
     transport: str
     stall_s: float
     intakes: Intakes
-    codecs: dict[str, Codec]
-    block_tokens: int
+    wires: dict[str, Wire]  # by the sender's dtype
     pool: BufferPool
     fetcher: Fetcher
     lander: Lander
@@ -110,9 +109,10 @@ class ReceiverLink:
             self._send(Refused(reason))
             await self._stream.close()
             return None
-        log.info("%s receives from %s over %s", ground.worker_id, attach.worker_id, ground.transport)
+        log.info("%s receives %s from %s over %s", ground.worker_id, attach.dtype, attach.worker_id, ground.transport)
+        self._wire = ground.wires[attach.dtype]
         puller = Puller(
-            source, ground.pool, ground.lander, stall_s=ground.stall_s, name=attach.worker_id,
+            source, ground.pool, ground.lander, self._wire.layout, stall_s=ground.stall_s, name=attach.worker_id,
             on_broken=self._break,
         )  # fmt: skip
         self._send(Welcome(ground.worker_id, ground.generation, ground.speeds, probe))
@@ -141,8 +141,10 @@ class ReceiverLink:
             return f"handoff protocol {attach.protocol}, this worker speaks {PROTOCOL}"
         if attach.receiver_generation != ground.generation:
             return f"generation {attach.receiver_generation} is gone, this is {ground.generation}"
-        if attach.layout != ground.layout:
-            return f"KV layout {attach.layout} is not this worker's {ground.layout}"
+        if attach.layout != ground.family:
+            return f"KV layout {attach.layout} is not this worker's {ground.family}"
+        if attach.dtype not in ground.wires:
+            return f"KV dtype {attach.dtype!r}"
         return "" if attach.transport == ground.transport else f"transport {attach.transport}, not {ground.transport}"
 
     def _take(self, record: object, puller: Puller) -> None:
@@ -160,19 +162,14 @@ class ReceiverLink:
     def _apply(self, record: Begin | Block | Commit | Drop, intake: Intake, puller: Puller) -> None:
         match record:
             case Begin():
-                intake.begin(self.peer, record, self._send)
+                intake.begin(self.peer, record, self._send, self._wire.layout.dtype)
             case Block():
-                if intake.announce(record, max_nbytes=self._bound(record)):
+                if intake.announce(record, max_nbytes=self._wire.bound(record.codec, record.count)):
                     puller.pull(record, intake.landing)
             case Commit():
                 intake.commit(record)
             case Drop():
                 intake.lose(f"prefill worker: {record.reason}")
-
-    def _bound(self, block: Block) -> int:
-        """Most bytes that the block's codec may need; 0 for an unknown codec or more tokens than a block may have."""
-        codec = self._ground.codecs.get(block.codec)
-        return codec.bound(block.count) if codec is not None and 0 < block.count <= self._ground.block_tokens else 0
 
     def _send(self, record: object) -> None:
         self._sent_at = time.monotonic()

@@ -64,7 +64,8 @@ class Sender:
             raise ConfigError(f"must hold one block of {block_bytes} bytes", field="handoff.staging_bytes")
         build = partial(
             make_exporter, self.config.transport, self._staging.memory,
-            name=f"{self.worker_id}-{self.generation}", host=self._host, ucx_tls=self.config.ucx_tls, tls=self.config.tls,
+            name=f"{self.worker_id}-{self.generation}", host=self._host,
+            ucx_tls=self.config.ucx_tls, tls=self.config.tls,
         )  # fmt: skip
         self._exporter = await asyncio.to_thread(build)
         names = codecs_within(self.config.quality_floor)
@@ -122,8 +123,8 @@ class Sender:
             if self._exporter is None:
                 raise RuntimeError("the sender is not started")
             attach = Attach(
-                PROTOCOL, self.worker_id, self.generation, ticket.generation, self.layout.fingerprint,
-                self.config.transport, self._exporter.address(), self._staging.memory.nbytes,
+                PROTOCOL, self.worker_id, self.generation, ticket.generation, self.layout.family,
+                self.layout.dtype, self.config.transport, self._exporter.address(), self._staging.memory.nbytes,
             )  # fmt: skip
             link = self._links[key] = SenderLink(
                 ticket.host, ticket.port, attach,
@@ -155,8 +156,8 @@ class Sender:
             del self._links[key]
 
     def _mismatch(self, ticket: Ticket) -> str:
-        if ticket.layout != self.layout.fingerprint:
-            return f"KV layout {ticket.layout} is not this worker's {self.layout.fingerprint}"
+        if ticket.layout != self.layout.family:
+            return f"KV layout {ticket.layout} is not this worker's {self.layout.family}"
         if ticket.transport != self.config.transport:
             return f"transport {ticket.transport} is not this worker's {self.config.transport}"
         if ticket.codec not in (AUTO, *CODECS) or ticket.floor not in FLOORS:

@@ -61,7 +61,7 @@ class PrefillWorker:
         identity = {"worker_id": worker_id, "generation": self.generation}
         guard = Guard(load_key(config.security))
         self._sender = Sender(self.layout, config.handoff, host=host, key=guard.key, **identity)
-        hello = Hello(role="prefill", layout=self.layout.fingerprint, dtype=self.layout.dtype, **identity)
+        hello = Hello(role="prefill", layout=self.layout.family, dtype=self.layout.dtype, **identity)
         self._plane = PlaneServer(self, hello, host=host, guard=guard)
         self._jobs: dict[str, _Job] = {}
         self._tasks = Jobs()

@@ -18,6 +18,7 @@ from torch import Tensor
 from baton.errors import BatonError
 from baton.layout import DTYPE_BYTES, KVLayout
 
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Words: TypeAlias = npt.NDArray[Any]  # unsigned integers that carry the values' bits
 
 
@@ -69,7 +70,7 @@ class Shape:
         self.layout = layout
         self.heads, self.head_dim = layout.kv_heads, layout.head_dim
         self.word = np.dtype(f"<u{DTYPE_BYTES[layout.dtype]}")
-        self.dtype = torch.float32 if layout.dtype == "float32" else torch.bfloat16
+        self.dtype = TORCH_DTYPES[layout.dtype]
         self._torch_word = torch.int32 if layout.dtype == "float32" else torch.int16
 
     def values(self, count: int) -> int:

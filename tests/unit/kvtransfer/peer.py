@@ -196,8 +196,8 @@ class Peer:
     async def sender_stats(self):
         return self.sender.stats()
 
-    async def fingerprint(self):
-        return self.layout.fingerprint
+    async def family(self):
+        return self.layout.family
 
     async def corrupt(self, layer):
         """From now on one bit of that layer's staged bytes flips after it was signed; -1 stops that."""

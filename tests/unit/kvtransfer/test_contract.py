@@ -184,7 +184,7 @@ def test_another_layout_is_refused_by_the_receiver(small_pair):
     ticket = small_pair.decode.call("reserve", "r", tokens=50)
     small_pair.prefill.call("stop_sender")
     small_pair.prefill.call("start_sender", other, small_pair.config(), worker_id="stranger")
-    ours = small_pair.prefill.call("fingerprint")
+    ours = small_pair.prefill.call("family")
     assert ours != ticket["layout"]
     small_pair.prefill.call("send", ticket | {"layout": ours}, 5, tokens=50)
     assert "decode worker refused: KV layout" in small_pair.prefill.call("sent", "r").reason

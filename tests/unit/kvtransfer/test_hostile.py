@@ -55,7 +55,7 @@ class Hostile:
         self.nbytes = make_codec("raw", LAYOUT).encode(kv, kv, self.memory.view(0, 4096))
 
     def attach(self, **changes):
-        base = Attach(PROTOCOL, "x", "gx", "gd", LAYOUT.fingerprint, "loopback", self.exporter.address())
+        base = Attach(PROTOCOL, "x", "gx", "gd", LAYOUT.family, LAYOUT.dtype, "loopback", self.exporter.address())
         return dataclasses.replace(base, **changes)
 
     def block(self, seq, signed_layer, **changes):
@@ -217,7 +217,7 @@ async def _sent_to(answers):
     port = server.sockets[0].getsockname()[1]
     sender = Sender(LAYOUT, CONFIG, worker_id="p", generation="gp")
     await sender.start()
-    ticket = Ticket("r", 1, "127.0.0.1", port, "gd", LAYOUT.fingerprint, "raw", "loopback")
+    ticket = Ticket("r", 1, "127.0.0.1", port, "gd", LAYOUT.family, "raw", "loopback")
     kv = torch.ones(TOKENS, 1, 8)
     outgoing = sender.open(ticket, tokens=TOKENS, budget_s=5.0, gather=lambda *_: (kv, kv))
     for layer in range(2):
@@ -261,7 +261,7 @@ def test_nobody_listens():
     async def run():
         sender = Sender(LAYOUT, CONFIG, worker_id="p", generation="gp")
         await sender.start()
-        ticket = Ticket("r", 1, "127.0.0.1", 1, "gd", LAYOUT.fingerprint, "raw", "loopback")
+        ticket = Ticket("r", 1, "127.0.0.1", 1, "gd", LAYOUT.family, "raw", "loopback")
         outcome = await sender.open(ticket, tokens=4, budget_s=5.0, gather=lambda *_: None).outcome()
         await sender.close()
         assert isinstance(outcome, Lost)
