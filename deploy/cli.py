@@ -82,7 +82,7 @@ def up(
     from deploy import local
 
     endpoints = local.up(settings, progress=_note)
-    print(f"gRPC  {endpoints.grpc}\nHTTP  http://{endpoints.http}/health\nlogs  {endpoints.log_dir}")
+    print(f"gRPC  {endpoints.grpc}\nHTTP  http://{endpoints.http}/v1\nlogs  {endpoints.log_dir}")
 
 
 @app.command()

@@ -113,8 +113,15 @@ def _operation(name: str, summary: str, gives: dict[str, Any], errors: tuple[int
 
 
 def _streams(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
-    events = f"With stream: lines `data: ` + {chunk.__name__}, at the end `data: [DONE]`."
-    return _json(whole) | {"text/event-stream": {"schema": {"type": "string", "description": events}}}
+    """``whole``, or events whose data are a ``chunk`` each; the schema is that of one event, as OpenAPI 3.2 has it."""
+    data = {
+        "type": "string",
+        "description": "The last one is [DONE], or an Error if the stream did not end well.",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": REFS.format(model=chunk.__name__)},
+    }
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return _json(whole) | {"text/event-stream": {"schema": event}}
 
 
 def _json(model: type[BaseModel]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.request import Sampling
+from baton.request import Bias, Sampling
 from engine import sampler
 from engine.sampler import Choice, Row, counts_for, sample, uniform
 
@@ -32,8 +32,10 @@ def reference(logits: np.ndarray, sampling: Sampling, index: int, prompt: list[i
 
 
 def adjusted(logits: np.ndarray, sampling: Sampling, index: int, prompt: list[int], outputs: list[int]) -> np.ndarray:
-    """Penalties and masked end tokens."""
+    """Biases, penalties and masked end tokens."""
     scores = logits.astype(np.float64)
+    for each in sampling.logit_bias:
+        scores[each.token] += each.bias
     for token in set(prompt) | set(outputs):
         scores[token] *= sampling.repetition_penalty if scores[token] <= 0 else 1.0 / sampling.repetition_penalty
         count = outputs.count(token)
@@ -76,6 +78,9 @@ samplings = st.builds(
     min_tokens=st.integers(0, 3),
     stop_token_ids=st.lists(token_ids, max_size=3).map(tuple),
     eos_token_ids=st.lists(token_ids, max_size=2).map(tuple),
+    logit_bias=st.dictionaries(token_ids, st.sampled_from([-100.0, -2.5, 1.0, 100.0]), max_size=4).map(
+        lambda biases: tuple(Bias(token, bias) for token, bias in biases.items())
+    ),
 )
 rows = st.tuples(
     samplings,

@@ -6,9 +6,10 @@ Everything runs on an event loop in a thread of its own, so that tests may use s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,21 +99,43 @@ class Server:
         await self.decode.close()
 
 
+ServerFactory = Callable[..., contextlib.AbstractContextManager[Server]]
+
+
 @pytest.fixture(scope="session")
-def server(model_folder: Path) -> Iterator[Server]:
-    pool = {"kv_tokens": 4096, "threads": 1}
-    config = parse(
-        {
-            "model": {"dtype": "float32", "max_context": 512},
-            "prefill": pool,
-            "decode": pool,
-            "handoff": {"transport": "loopback", "codec": "lossless", "landing_bytes": 32 << 20, "staging_bytes": 32 << 20},
-            "router": {"max_request_bytes": 64 << 10, "max_inflight": 64},
-        }
-    )
-    server = Server(config, model_folder)
-    yield server
-    server.close()
+def start_server() -> ServerFactory:
+    """A function that starts a server of the model in a folder, with a context of so many tokens."""
+
+    @contextlib.contextmanager
+    def start(folder: Path, *, max_context: int, max_request_bytes: int = 64 << 10) -> Iterator[Server]:
+        pool = {"kv_tokens": 4096, "threads": 1}
+        config = parse(
+            {
+                "model": {"dtype": "float32", "max_context": max_context},
+                "prefill": pool,
+                "decode": pool,
+                "handoff": {
+                    "transport": "loopback",
+                    "codec": "lossless",
+                    "landing_bytes": 32 << 20,
+                    "staging_bytes": 32 << 20,
+                },
+                "router": {"max_request_bytes": max_request_bytes, "max_inflight": 64},
+            }
+        )
+        server = Server(config, folder)
+        try:
+            yield server
+        finally:
+            server.close()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(start_server: ServerFactory, model_folder: Path) -> Iterator[Server]:
+    with start_server(model_folder, max_context=512) as server:
+        yield server
 
 
 @pytest.fixture

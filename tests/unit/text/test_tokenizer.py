@@ -150,3 +150,19 @@ def test_byte_tokens_exist_only_where_the_decoder_knows_them(tokenizer: Tokenize
     assert byte_fallback.is_byte(3)
     assert not byte_fallback.is_byte(2)
     assert not any(tokenizer.is_byte(token) for token in range(tokenizer.vocab_size))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_a_texts_tokens_are_its_own(tokenizer: Tokenizer, text: str) -> None:
+    assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
+
+
+@pytest.mark.parametrize("text", ["ab a", "你 b", "é🙂"])
+def test_the_bytes_of_byte_tokens(byte_fallback: Tokenizer, text: str) -> None:
+    """This tokenizer puts a space before every text, and drops it in decoding."""
+    ids = [token for token in byte_fallback.encode(text) if byte_fallback.is_visible(token)]
+    assert b"".join(byte_fallback.token_bytes(token) for token in ids) == f" {text}".encode()
+
+
+def test_an_id_without_a_token_has_no_bytes(tokenizer: Tokenizer) -> None:
+    assert tokenizer.token_bytes(10**6) == b""
