@@ -121,7 +121,9 @@ def status(answer: pb.GetStatusResponse) -> RenderableType:
     )
     head = Text.assemble(
         "model ", (answer.model, "bold"), f"  layout {answer.layout or 'not known yet'}  transport ",
-        (answer.transport, "bold"), "  codec ", (answer.codec, "bold"), f"  quality floor {answer.quality_floor}",
+        (answer.transport, "bold"), "  codec ", (answer.codec, "bold"),
+        f" ({answer.codecs_used})" if answer.codecs_used and answer.codecs_used != answer.codec else "",
+        f"  quality floor {answer.quality_floor}",
     )  # fmt: skip
     return Group(head, Padding(table, (1, 0)), counts)
 

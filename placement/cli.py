@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from baton.config import AUTO
 from baton.errors import ConfigError
 from placement import plan as plans
 from placement import report, traces
@@ -96,7 +97,7 @@ def _space(
     if profile is not None:
         measured = Profile.load(profile)
         cost = ProfiledReplica(
-            measured, codec="lossless", transport=next(iter(measured.wires)), kv_tokens=max(32768, longest)
+            measured, codec=AUTO, transport=next(iter(measured.wires)), kv_tokens=max(32768, longest)
         )
         return profiled_space(cost), {"model": measured.model, "hardware": "worker as profiled"}
     shape, machine = ModelShape.load(model), Hardware.load(hardware)

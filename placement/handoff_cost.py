@@ -19,9 +19,11 @@ slower than prefill; the last layer then still passes all three:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from baton.errors import ConfigError
+from kvtransfer import chooser
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +66,22 @@ class HandoffCost:
         stages = self.stages_s(tokens)
         late = max(0.0, max(stages) - prefill_s) * (1 - 1 / self.layers)
         return self.latency_s + sum(stages) / self.layers + late
+
+
+def choose(costs: Mapping[str, HandoffCost], tokens: int) -> str:
+    """The codec that the workers' own chooser takes for a prompt of ``tokens`` alone on the link.
+
+    ``costs``: by codec, at least one, over the same link and all of the same quality.
+    """
+    one = next(iter(costs.values()))
+    candidates = [
+        chooser.Candidate(
+            name,
+            cost.ratio,
+            chooser.Speed(cost.encode_layer_s, cost.encode_bytes_per_s),
+            chooser.Speed(cost.decode_layer_s, cost.decode_bytes_per_s),
+        )
+        for name, cost in costs.items()
+    ]
+    link = chooser.Link(one.wire_bytes_per_s, one.wire_layer_s)
+    return chooser.choose(candidates, link, chooser.Ahead(tokens * one.token_bytes, one.layers)).codec

@@ -25,12 +25,14 @@ from typing import Any
 
 import numpy as np
 
+from baton.config import AUTO, EXACT_CODECS
 from baton.errors import ConfigError
 from placement.cost import StepShape
 from placement.grids import Floats, HeldOut
-from placement.handoff_cost import HandoffCost
+from placement.handoff_cost import HandoffCost, choose
 
 FORM = 1
+TYPICAL_TOKENS = 1024  # of the prompt for which "auto" is resolved
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SWEEPS = 20000
 _SETTLED = 1e-9
@@ -288,7 +290,13 @@ class ProfiledReplica:
 
 
 def handoff_of(profile: Profile, codec: str, transport: str) -> HandoffCost:
-    """The profile's handoff with one codec over one transport; raises :class:`ConfigError` if either is missing."""
+    """The profile's handoff over one transport with one codec, or for "auto" with the exact one that workers choose.
+
+    Raises :class:`ConfigError` if either is missing.
+    """
+    if codec == AUTO:
+        exact = {name: handoff_of(profile, name, transport) for name in profile.codecs if name in EXACT_CODECS}
+        return exact[choose(exact, TYPICAL_TOKENS)] if exact else handoff_of(profile, "lossless", transport)
     if codec not in profile.codecs:
         raise ConfigError(f"{codec!r} was not measured; {', '.join(profile.codecs) or 'none'} were", field="codec")
     if transport not in profile.wires:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from grpc_health.v1 import health_pb2
 
 from baton.config import Config
 from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidRequest, NotFound, Overloaded
+from baton.ledger import blend
 from baton.secure import load_key
 from baton.wire import inference_pb2 as pb
 from engine.spec import ModelSpec
@@ -65,9 +67,13 @@ class InferenceService:
         self.pools = Pools(connect_s=config.router.connect_s, key=load_key(config.security))
         self._disaggregated = config.prefill.replicas > 0
         self._dispatcher = Dispatcher(
-            self.pools, decode_page_tokens=config.decode.page_tokens, disaggregated=self._disaggregated
+            self.pools,
+            decode_page_tokens=config.decode.page_tokens,
+            disaggregated=self._disaggregated,
+            local_prefill=config.router.local_prefill,
         )
         self._counters = Counters()
+        self._codec_tokens: Counter[str] = Counter()  # (layer, token) pairs handed over, by codec
 
     @property
     def ready(self) -> bool:
@@ -184,6 +190,7 @@ class InferenceService:
                         break
         finally:
             self._counters.tokens += assembler.tokens
+            self._codec_tokens.update(run.codec_tokens)
         yield assembler.finish(run.ledger())
 
     # ---- the other methods
@@ -227,6 +234,7 @@ class InferenceService:
             pools=[pb.Pool(role=role, workers=[_worker(*known) for known in self.pools.known(role)]) for role in roles],
             transport=handoff.transport if self._disaggregated else "",
             codec=handoff.codec,
+            codecs_used=blend(self._codec_tokens),
             quality_floor=handoff.quality_floor,
             router=pb.RouterStatus(id=self._router_id, **asdict(self._counters)),
         )

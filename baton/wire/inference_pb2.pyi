@@ -269,7 +269,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("model", "layout", "pools", "transport", "codec", "quality_floor", "router")
+    __slots__ = ("model", "layout", "pools", "transport", "codec", "quality_floor", "router", "codecs_used")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +277,7 @@ class GetStatusResponse(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FLOOR_FIELD_NUMBER: _ClassVar[int]
     ROUTER_FIELD_NUMBER: _ClassVar[int]
+    CODECS_USED_FIELD_NUMBER: _ClassVar[int]
     model: str
     layout: str
     pools: _containers.RepeatedCompositeFieldContainer[Pool]
@@ -284,7 +285,8 @@ class GetStatusResponse(_message.Message):
     codec: str
     quality_floor: str
     router: RouterStatus
-    def __init__(self, model: _Optional[str] = ..., layout: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., transport: _Optional[str] = ..., codec: _Optional[str] = ..., quality_floor: _Optional[str] = ..., router: _Optional[_Union[RouterStatus, _Mapping]] = ...) -> None: ...
+    codecs_used: str
+    def __init__(self, model: _Optional[str] = ..., layout: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., transport: _Optional[str] = ..., codec: _Optional[str] = ..., quality_floor: _Optional[str] = ..., router: _Optional[_Union[RouterStatus, _Mapping]] = ..., codecs_used: _Optional[str] = ...) -> None: ...
 
 class Pool(_message.Message):
     __slots__ = ("role", "workers")

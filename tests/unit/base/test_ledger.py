@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.ledger import STAGES, Ledger, close
+from baton.ledger import STAGES, Ledger, blend, close
 
 SECONDS = st.floats(min_value=0.0, max_value=1e5)
 
@@ -43,6 +43,20 @@ def test_hidden_share() -> None:
 @given(SECONDS, SECONDS)
 def test_the_hidden_share_is_a_share(busy_s: float, wire_s: float) -> None:
     assert 0.0 <= Ledger(1e6, {"wire": wire_s}, transfer_busy_s=busy_s).transfer_hidden_share <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("codec_tokens", "shown"),
+    [
+        ({}, ""),
+        ({"raw": 30}, "raw"),
+        ({"raw": 30, "lossless": 70}, "lossless 70 %, raw 30 %"),
+        ({"raw": 1, "int8": 1, "lossless": 2}, "lossless 50 %, int8 25 %, raw 25 %"),
+        ({"raw": 0, "int8": 0}, "int8 0 %, raw 0 %"),
+    ],
+)
+def test_a_blend_names_codecs_by_their_share(codec_tokens: dict[str, int], shown: str) -> None:
+    assert blend(codec_tokens) == shown
 
 
 def test_nothing_transferred_hides_everything() -> None:

@@ -131,6 +131,12 @@ def test_a_worker_that_never_reported_shows_no_zeros() -> None:
     assert row.split()[-4:] == ["-"] * 4
 
 
+def test_status_says_which_codecs_were_really_used() -> None:
+    chosen = pb.GetStatusResponse(codec="auto", codecs_used="lossless 70 %, raw 30 %")
+    assert "codec auto (lossless 70 %, raw 30 %)" in drawn(draw.status(chosen))
+    assert "(" not in drawn(draw.status(pb.GetStatusResponse(codec="raw", codecs_used="raw"))).splitlines()[0]
+
+
 def test_fetching_tells_each_step_once_without_a_terminal() -> None:
     out = io.StringIO()
     with draw.fetching(Console(file=out, width=80)) as report:

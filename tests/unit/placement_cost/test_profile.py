@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from placement.profile import (
     ProfiledReplica,
     Speed,
     StepFit,
+    handoff_of,
     held_out,
     non_negative,
 )
@@ -131,11 +133,25 @@ def test_what_is_no_profile_is_refused(tmp_path: Path, damage: dict[str, object]
         Profile.load(file)
 
 
+def test_auto_is_the_exact_codec_that_workers_would_choose() -> None:
+    codecs = {
+        "raw": CodecSpeed(Speed(0, 2e9), Speed(0, 4e9), 1.0),
+        "lossless": CodecSpeed(Speed(0, 1e9), Speed(0, 2e9), 1.5),
+        "int8": CodecSpeed(Speed(0, 2e9), Speed(0, 4e9), 4.0),
+    }
+    wires = {"tcp": Speed(1e-5, 1e8), "nixl": Speed(1e-5, 1e10)}
+    profile = replace(_profile(), codecs=codecs, wires=wires)
+    assert handoff_of(profile, "auto", "tcp") == handoff_of(profile, "lossless", "tcp")
+    assert handoff_of(profile, "auto", "nixl") == handoff_of(profile, "raw", "nixl")
+
+
 def test_what_was_not_measured_is_named() -> None:
     with pytest.raises(ConfigError, match=r"'int8' was not measured; raw were"):
         ProfiledReplica(_profile(), codec="int8", transport="tcp", kv_tokens=1)
     with pytest.raises(ConfigError, match=r"'nixl' was not measured; tcp were"):
         ProfiledReplica(_profile(), codec="raw", transport="nixl", kv_tokens=1)
+    with pytest.raises(ConfigError, match=r"'lossless' was not measured; int8 were"):
+        handoff_of(replace(_profile(), codecs={"int8": CodecSpeed(Speed(0, 1e9), Speed(0, 1e9), 2.0)}), "auto", "tcp")
     few = Profile(MACHINE, "", "", "", "float32", 1, 1, 1, 1, False, "wall", 1.0, (), {}, {})
     with pytest.raises(ConfigError, match="a fit needs 40"):
         ProfiledReplica(few, codec="raw", transport="tcp", kv_tokens=1)
