@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from engine.kernels.specialisation import Specialisation
 
-MODULES = ("norm", "rope", "activation", "sampling", "codec", "paged_decode", "paged_prefill")
+MODULES = ("norm", "rope", "activation", "sampling", "codec", "codec_words", "paged_decode", "paged_prefill")
 WARP = 32
 TIMEOUT_S = 60.0  # of one call to cuobjdump; it takes well under one second
 _RESOURCE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from engine.kernels.codec import group_of
-
 
 def norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(hidden.float(), weight.shape, weight.float(), eps).to(hidden.dtype)
@@ -62,26 +60,3 @@ def choose(logits: Tensor, controls: Tensor) -> Tensor:
     drawn = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)
     greedy = (logits == logits.amax(dim=-1, keepdim=True)).int().argmax(dim=-1, keepdim=True)
     return torch.where(temperature > 0, drawn, greedy).squeeze(1)
-
-
-def pack_int8(layer: Tensor, slots: Tensor) -> Tensor:
-    """The block that :class:`engine.kernels.codec.Int8Blocks` packs, as a new tensor of bytes."""
-    heads, head_dim = layer.shape[1:]
-    x = layer[slots].float().transpose(0, 1).reshape(heads, len(slots), -1, group_of(head_dim))
-    largest = x.abs().amax(dim=-1)
-    bits = ((largest / 127.0).view(torch.int32) + 0xFFFF) & -0x10000  # rounded up to bfloat16
-    tame = largest < 2.0**127
-    bits = bits.where(tame, 0x7F800000)  # infinity
-    steps = bits.view(torch.float32)
-    x = x.where(tame[..., None], 0.0)
-    levels = (x / steps.where(steps > 0, 1.0)[..., None]).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat(((bits >> 16).to(torch.int16).flatten().view(torch.uint8), levels.flatten().view(torch.uint8)))
-
-
-def unpack_int8(block: Tensor, layer: Tensor, slots: Tensor) -> None:
-    heads, head_dim = layer.shape[1:]
-    groups = head_dim // group_of(head_dim)
-    scales = block[: 2 * heads * len(slots) * groups].view(torch.int16)
-    steps = (scales.int() << 16).view(torch.float32).view(heads, len(slots), groups, 1)
-    levels = block[2 * scales.numel() :].view(torch.int8).view(heads, len(slots), groups, -1)
-    layer[slots] = (levels * steps).to(layer.dtype).view(heads, len(slots), head_dim).transpose(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -35,6 +36,7 @@ class LosslessCodec:
         """``planes``: how words are taken apart and joined; None takes the fastest there is."""
         self._shape = Shape(layout)
         self._planes = planes or choose_planes(self._shape.word.itemsize)
+        self.mantissas = [True] * (len(self._planes.dtypes) - 1) + [False]
         self._head_bytes = _HEAD.size + _SIZE.itemsize * len(self._planes.dtypes)
         self._entropy, self._scratch = Entropy(), Scratch()
 
@@ -42,10 +44,21 @@ class LosslessCodec:
         return self._head_bytes + self._shape.values(count) * self._shape.word.itemsize
 
     def encode(self, keys: Tensor, values: Tensor, into: memoryview, *, before: int = 0, after: int = 0) -> int:
-        shape, count, dtypes = self._shape, keys.shape[0], self._planes.dtypes
+        shape, count = self._shape, keys.shape[0]
         both = [shape.words(shape.checked(tensor, count)) for tensor in (keys, values)]
-        total, half = shape.values(count), shape.values(count) // 2
-        stored = self._stored_planes(both[0])
+        half = shape.values(count) // 2
+
+        def split(planes: Sequence[Words]) -> None:
+            for words, at in zip(both, (0, half), strict=True):
+                self._planes.split(words, [plane[at : at + half] for plane in planes])
+
+        return self.encode_planes(count, self._stored_planes(both[0]), split, into)
+
+    def encode_planes(
+        self, count: int, stored: Sequence[bool], split: Callable[[Sequence[Words]], None], into: memoryview
+    ) -> int:
+        """A block of ``count`` tokens whose planes ``split`` fills; which of them are ``stored`` as they are."""
+        total, dtypes = self._shape.values(count), self._planes.dtypes
         sizes = np.frombuffer(into, _SIZE, len(dtypes), _HEAD.size)
         planes, end = [], self._head_bytes
         for index, dtype in enumerate(dtypes):
@@ -55,8 +68,7 @@ class LosslessCodec:
                 end += int(sizes[index])
             else:
                 planes.append(self._scratch.room(f"plane{index}", total, dtype))
-        for words, at in zip(both, (0, half), strict=True):
-            self._planes.split(words, [plane[at : at + half] for plane in planes])
+        split(planes)
         packed = 0
         for index, plane in enumerate(planes):
             if not stored[index]:
@@ -75,13 +87,18 @@ class LosslessCodec:
 
     def decode(self, data: memoryview, count: int) -> tuple[Tensor, Tensor]:
         total = self._shape.values(count)
-        planes = [
-            np.frombuffer(self._entropy.unpack(body, total * dtype.itemsize), dtype)
-            for body, dtype in zip(self._bodies(data, count), self._planes.dtypes, strict=True)
-        ]
+        planes = self.decode_planes(data, count)
         out = self._scratch.room("decoded", total, self._shape.word)
         self._planes.join(planes, out)
         return self._shape.tensors(out, count)
+
+    def decode_planes(self, data: memoryview, count: int) -> list[Words]:
+        """A block's planes. Raises :class:`CodecError`."""
+        total = self._shape.values(count)
+        return [
+            np.frombuffer(self._entropy.unpack(body, total * dtype.itemsize), dtype)
+            for body, dtype in zip(self._bodies(data, count), self._planes.dtypes, strict=True)
+        ]
 
     def _bodies(self, data: memoryview, count: int) -> list[memoryview]:
         """Every plane's bytes, which together must be all of ``data`` after the header."""

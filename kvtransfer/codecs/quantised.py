@@ -56,67 +56,67 @@ class QuantisedCodec:
     ):
         """``compress``: whether levels are entropy coded. ``quantiser``: None takes the fastest there is."""
         self.name = name
-        self._level, self._compress = level, compress
+        self.level, self._compress = level, compress
         self._shape = Shape(layout)
-        self._ends = Ends(self._shape, level.sinks, level.window)
+        self.ends = Ends(self._shape, level.sinks, level.window)
         self._quantiser = quantiser or choose_quantiser()
         self._entropy, self._scratch = Entropy(), Scratch()
 
     def bound(self, count: int) -> int:
-        exact = self._ends.head_bytes + self._ends.most(count) * self._ends.token_bytes
-        return exact + self._scale_bytes(count) + sum(self._level_bytes(count))
+        exact = self.ends.head_bytes + self.ends.most(count) * self.ends.token_bytes
+        return exact + self.scale_bytes(count) + sum(self.level_bytes(count))
 
     def encode(self, keys: Tensor, values: Tensor, into: memoryview, *, before: int = 0, after: int = 0) -> int:
         count = keys.shape[0]
         both = [self._shape.checked(tensor, count) for tensor in (keys, values)]
-        kept = self._ends.of(count, before, after)
-        end = self._ends.put(both, kept, into, self._ends.head_bytes)
+        kept = self.ends.of(count, before, after)
+        end = self.ends.put(both, kept, into, self.ends.head_bytes)
         middle = count - kept.tokens
         if not middle:
             return end
-        scales, end = self._scales(into, middle, end)
-        sizes = self._level_bytes(middle)
+        scales, end = self.scales(into, middle, end)
+        sizes = self.level_bytes(middle)
         room = self._scratch.room("levels", sum(sizes), _BYTE) if self._compress else None
         levels = np.frombuffer(into, _BYTE, sum(sizes), end) if room is None else room
         for tensor, grid, (scale, centre), part in zip(
-            both, (self._level.keys, self._level.values), scales, np.split(levels, [sizes[0]]), strict=True
+            both, (self.level.keys, self.level.values), scales, np.split(levels, [sizes[0]]), strict=True
         ):
             self._quantiser.quantise(tensor[kept.first : count - kept.last], grid, scale, centre, part)
         return end + (sum(sizes) if room is None else self._entropy.pack(room, into[end:]))
 
     def decode(self, data: memoryview, count: int) -> tuple[Tensor, Tensor]:
-        kept = self._ends.read(data, count)
+        kept = self.ends.read(data, count)
         middle = count - kept.tokens
-        self._check_size(len(data), kept.tokens, middle)
+        self.check_size(len(data), kept.tokens, middle)
         words = self._scratch.room("decoded", self._shape.values(count), self._shape.word)
         out = self._shape.canonical(words, count)
-        end = self._ends.take(data, kept, self._ends.head_bytes, out)
+        end = self.ends.take(data, kept, self.ends.head_bytes, out)
         if middle:
             self._decode_levels(data, middle, end, out[:, :, kept.first : count - kept.last])
         return out[0].transpose(0, 1), out[1].transpose(0, 1)
 
-    def _check_size(self, nbytes: int, exact: int, middle: int) -> None:
+    def check_size(self, nbytes: int, exact: int, middle: int) -> None:
         """Raises :class:`CodecError` for bytes that are too few for what has a fixed size, or more than any block."""
-        fixed = self._ends.head_bytes + exact * self._ends.token_bytes + self._scale_bytes(middle)
-        most = sum(self._level_bytes(middle))
+        fixed = self.ends.head_bytes + exact * self.ends.token_bytes + self.scale_bytes(middle)
+        most = sum(self.level_bytes(middle))
         least = min(1, most) if self._compress else most
         if not least <= nbytes - fixed <= most:
             raise CodecError(f"{self.name} block of {nbytes} bytes, expected {fixed + least} to {fixed + most}")
 
     def _decode_levels(self, data: memoryview, count: int, start: int, out: Tensor) -> None:
         """``out``: [2, heads, count, head_dim], maybe a part of every head's tokens."""
-        scales, end = self._scales(data, count, start)
-        sizes = self._level_bytes(count)
+        scales, end = self.scales(data, count, start)
+        sizes = self.level_bytes(count)
         body = self._entropy.unpack(data[end:], sum(sizes)) if self._compress else data[end:]
         parts = np.split(np.frombuffer(body, _BYTE), [sizes[0]])
-        grids = (self._level.keys, self._level.values)
+        grids = (self.level.keys, self.level.values)
         for tensor, grid, (scale, centre), part in zip(out, grids, scales, parts, strict=True):
             self._quantiser.dequantise(grid, scale, centre, part, tensor)
 
-    def _scales(self, data: memoryview, count: int, start: int) -> tuple[list[tuple[Words, Words]], int]:
+    def scales(self, data: memoryview, count: int, start: int) -> tuple[list[tuple[Words, Words]], int]:
         """Views of K's and V's scales and middles, and where they end."""
         parts, end = [], start
-        for grid in (self._level.keys, self._level.values):
+        for grid in (self.level.keys, self.level.values):
             pair = []
             for size in (grid.groups(*self._size(count)), grid.middles(*self._size(count))):
                 pair.append(np.frombuffer(data, _SCALE, size, end) if size else np.empty(0, _SCALE))
@@ -124,14 +124,14 @@ class QuantisedCodec:
             parts.append((pair[0], pair[1]))
         return parts, end
 
-    def _scale_bytes(self, count: int) -> int:
+    def scale_bytes(self, count: int) -> int:
         size = self._size(count)
-        grids = (self._level.keys, self._level.values)
+        grids = (self.level.keys, self.level.values)
         return sum(grid.groups(*size) + grid.middles(*size) for grid in grids) * _SCALE.itemsize
 
-    def _level_bytes(self, count: int) -> tuple[int, int]:
+    def level_bytes(self, count: int) -> tuple[int, int]:
         size = self._size(count)
-        return self._level.keys.level_bytes(*size), self._level.values.level_bytes(*size)
+        return self.level.keys.level_bytes(*size), self.level.values.level_bytes(*size)
 
     def _size(self, count: int) -> tuple[int, int, int]:
         return count, self._shape.heads, self._shape.head_dim

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from baton.layout import KVLayout
 from baton.request import Sampling
 from engine import sampler
 from engine.kernels import activation, norm, reference, rope, sampling
-from engine.kernels.codec import Int8Blocks
+from engine.kernels.codec import PagedKernels
+from kvtransfer.codecs import make_codec
+from kvtransfer.codecs.paged import make_paged
 
 pytestmark = pytest.mark.gpu
 
@@ -71,14 +74,20 @@ def test_choose_is_the_samplers(vocab: int, cuda: torch.device) -> None:
     assert tokens == reference.choose(logits, sampler.controls(rows).to(cuda)).tolist()
 
 
-def test_int8_blocks(cuda: torch.device) -> None:
-    kernels, tokens = Int8Blocks(), 3000
-    layer = torch.randn(8192, 16, 128, device=cuda, dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", ["raw", "lossless", "int8", "fp8", "int6", "int4", "int2"])
+@pytest.mark.parametrize("tokens", [3000, 3001])
+def test_codecs_in_pages(name: str, tokens: int, cuda: torch.device) -> None:
+    """Bytes as the CPU's codec writes them, and pages as it would fill them."""
+    layout = KVLayout("m", 1, 8, 128, "bfloat16")
+    host, mine = make_codec(name, layout), make_paged(name, layout, PagedKernels())
+    assert mine is not None
+    layer = torch.randn(8192, 16, 128, device=cuda).bfloat16()
     slots = torch.randperm(8192, device=cuda)[:tokens]
-    block = torch.empty(kernels.block_bytes(tokens, 8, 128), device=cuda, dtype=torch.uint8)
-    kernels.pack(layer, slots, block)
-    assert torch.equal(block, reference.pack_int8(layer, slots))
-    landed, twin = torch.zeros_like(layer), torch.zeros_like(layer)
-    kernels.unpack(block, landed, slots)
-    reference.unpack_int8(block, twin, slots)
-    assert torch.equal(landed, twin)
+    wire, room = bytearray(host.bound(tokens)), bytearray(mine.bound(tokens))
+    keys, values = (half.contiguous().cpu() for half in layer[slots].chunk(2, dim=1))
+    nbytes = host.encode(keys, values, memoryview(wire))
+    made = mine.encode(layer, slots, memoryview(room))
+    assert room[:made] == wire[:nbytes]
+    landed = torch.zeros_like(layer)
+    mine.decode(memoryview(wire)[:nbytes], landed, slots)
+    assert torch.equal(landed[slots].cpu(), torch.cat(host.decode(memoryview(wire)[:nbytes], tokens), dim=1))

@@ -58,9 +58,9 @@ def test_interpreted_kernels_are_refused() -> None:
 
 
 def test_specialisations_name_every_argument() -> None:
-    from engine.kernels import activation, codec, norm, paged_decode, paged_prefill, rope, sampling
+    from engine.kernels import activation, codec, codec_words, norm, paged_decode, paged_prefill, rope, sampling
 
-    for module in (activation, codec, norm, paged_decode, paged_prefill, rope, sampling):
+    for module in (activation, codec, codec_words, norm, paged_decode, paged_prefill, rope, sampling):
         specs: tuple[Specialisation, ...] = module.SPECIALISATIONS
         forms = [(spec.name, capability) for spec in specs for capability in spec.capabilities]
         assert len(set(forms)) == len(forms)
