@@ -107,18 +107,17 @@ def pair(found: Pair, configured: str) -> list[Finding]:
 
 
 def layout(prefill: Worker, decode: Worker, subject: str) -> Finding:
-    """Page size and tensor parallel degree may differ; the fingerprint covers what may not."""
+    """Page size, tensor parallel degree and dtype may differ; the fingerprint covers what may not."""
     assert prefill.hello is not None
     assert decode.hello is not None
-    if prefill.hello.layout == decode.hello.layout:
-        return ok("layout", subject, f"{decode.hello.layout}, {decode.hello.dtype}")
-    dtypes = (prefill.hello.dtype, decode.hello.dtype)
-    reason = f"dtype {dtypes[0]} and {dtypes[1]}" if dtypes[0] != dtypes[1] else "other weights or another model"
+    mine, theirs = prefill.hello, decode.hello
+    if mine.layout == theirs.layout:
+        dtypes = mine.dtype if mine.dtype == theirs.dtype else f"{mine.dtype}, landing as {theirs.dtype}"
+        return ok("layout", subject, f"{theirs.layout}, {dtypes}")
     return fail(
-        "layout", subject, f"{prefill.hello.layout} and {decode.hello.layout}: {reason}",
+        "layout", subject, f"{mine.layout} and {theirs.layout}: other weights or another model",
         why="every handoff between them is refused, since KV of one would be nonsense to the other",
-        fix="set model.dtype to float32 or bfloat16 in place of auto" if dtypes[0] != dtypes[1]
-        else "sha256sum MODEL_FOLDER/*.safetensors MODEL_FOLDER/config.json   # on both nodes; copy the same files",
+        fix="sha256sum MODEL_FOLDER/*.safetensors MODEL_FOLDER/config.json   # on both nodes; copy the same files",
     )  # fmt: skip
 
 
