@@ -208,10 +208,10 @@ def tls(authority: Authority) -> dict[str, str]:
     return authority.files("worker")
 
 
-def _begun(transport: str, tls: dict[str, str], **changes: Any) -> Iterator[Pair]:
+def _begun(transport: str, tls: dict[str, str], layout: dict[str, Any] | None = None, **changes: Any) -> Iterator[Pair]:
     decode = Worker()
     prefill = decode if transport == "loopback" else Worker()
-    pair = Pair(transport, prefill, decode, tls=tls)
+    pair = Pair(transport, prefill, decode, layout=layout or dict(LAYOUT), tls=tls)
     try:
         pair.begin(**changes)
         yield pair
@@ -242,6 +242,19 @@ def small_pair() -> Iterator[Pair]:
 def mortal_pair(request: pytest.FixtureRequest, tls: dict[str, str]) -> Iterator[Pair]:
     """Two processes of one test, to be stopped and killed; the receiver has room for one block."""
     yield from _begun(request.param, tls, landing_bytes=1200 << 10)
+
+
+@pytest.fixture(params=["tcp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loopback", *TRANSPORTS[1:]))])
+def wide_pair(request: pytest.FixtureRequest, tls: dict[str, str]) -> Iterator[Pair]:
+    """Room for thousands of leases; only what is used of it becomes resident."""
+    yield from _begun(request.param, tls, landing_bytes=2600 << 20, staging_bytes=64 << 20, stall_s=20.0, lease_s=60.0)
+
+
+@pytest.fixture(params=("loopback", *TRANSPORTS))
+def large_pair(request: pytest.FixtureRequest, tls: dict[str, str]) -> Iterator[Pair]:
+    """A layout of which 8,192 tokens are one GiB, and 32 MiB of buffers on either side."""
+    layout = {"model": "m", "layers": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    yield from _begun(request.param, tls, layout, landing_bytes=32 << 20, staging_bytes=32 << 20, stall_s=10.0)
 
 
 class Ends:

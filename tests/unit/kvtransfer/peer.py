@@ -24,6 +24,8 @@ from baton.layout import KVLayout
 from baton.messages import Ticket
 from baton.request import TokenEvent
 from kvtransfer.arena import HostMemory
+from kvtransfer.handoff import Landed
+from kvtransfer.probe import Pattern
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.transports import FetchLost, make_exporter, make_fetcher
@@ -91,6 +93,81 @@ class Peer:
         self.layout = KVLayout(**layout)
         self.receiver = Receiver(self.layout, HandoffConfig(**config), worker_id=worker_id, generation=generation)
         await self.receiver.start()
+
+    # Many handoffs, and large ones, without a word per handoff.
+
+    async def reserve_many(self, count, tokens):
+        return [await self.reserve(f"r{number}", tokens=tokens) for number in range(count)]
+
+    async def send_many(self, tickets, tokens):
+        """All at once; the slowest call of an engine's thread, in seconds."""
+        random = torch.Generator().manual_seed(1)
+        kv = torch.randn(len(tickets) + tokens, 2, self.layout.kv_heads, self.layout.head_dim, generator=random)
+        slowest = 0.0
+
+        def compute(number, ticket):
+            window = kv[number : number + tokens]
+            outgoing = self.sender.open(
+                Ticket(**ticket), tokens=tokens, budget_s=60.0,
+                gather=lambda layer, start, count: (window[start : start + count, 0], window[start : start + count, 1]),
+            )  # fmt: skip
+            self.outgoing[ticket["request_id"]] = outgoing
+            started = time.monotonic()
+            for layer in range(self.layout.layers):
+                outgoing.push(layer, 0, tokens)
+            outgoing.finish(TokenEvent(ticket["request_id"], 0, number))
+            return time.monotonic() - started
+
+        for number, ticket in enumerate(tickets):
+            slowest = max(slowest, compute(number, ticket))
+            await asyncio.sleep(0)
+        return slowest
+
+    async def land_many(self, count, tokens):
+        """How many landed, exactly; they are released."""
+        random = torch.Generator().manual_seed(1)
+        kv = torch.randn(count + tokens, 2, self.layout.kv_heads, self.layout.head_dim, generator=random)
+        exact = 0
+        for number in range(count):
+            name = f"r{number}"
+            outcome = await self.receiver.outcome(name)
+            good = isinstance(outcome, Landed) and outcome.first.token == number
+            for layer in range(self.layout.layers):
+                keys, values = self.pages[name].read(layer, 0, tokens)
+                window = kv[number : number + tokens]
+                good = good and torch.equal(keys, window[:, 0]) and torch.equal(values, window[:, 1])
+            exact += good
+            await self.receiver.release(name)
+            del self.pages[name]
+        return exact
+
+    async def reserve_pattern(self, request_id, tokens):
+        self.pattern = Pattern(self.layout, tokens)
+        ticket = self.receiver.reserve(
+            request_id, 1, tokens=tokens, codec="raw", budget_s=120.0, write=self.pattern.compare
+        )  # fmt: skip
+        return {name: getattr(ticket, name) for name in Ticket.__slots__}
+
+    async def send_pattern(self, ticket, tokens, chunk):
+        """Pushes as an engine does, whose calls return at once; the slowest of them, in seconds."""
+        pattern = Pattern(self.layout, tokens)
+        outgoing = self.sender.open(Ticket(**ticket), tokens=tokens, budget_s=120.0, gather=pattern.gather)
+        self.outgoing[ticket["request_id"]] = outgoing
+
+        def compute():
+            slowest = 0.0
+            for start in range(0, tokens, chunk):
+                for layer in range(self.layout.layers):
+                    started = time.monotonic()
+                    outgoing.push(layer, start, min(chunk, tokens - start))
+                    slowest = max(slowest, time.monotonic() - started)
+            outgoing.finish(TokenEvent(ticket["request_id"], 0, 1))
+            return slowest
+
+        return await asyncio.to_thread(compute)
+
+    async def pattern_is_exact(self):
+        return self.pattern.exact
 
     async def stop_sender(self):
         await self.sender.close()
