@@ -13,6 +13,7 @@ from baton.errors import ConfigError
 from engine import hub, weights
 from engine.cache import TORCH_DTYPES
 from engine.comm import Comm
+from engine.devices import choose_device
 from engine.engine import Engine, LayerObserver
 from engine.model import Model
 from engine.native.ops import native_ops
@@ -22,8 +23,13 @@ from engine.spec import ModelSpec
 from engine.threads import compute_here
 
 
-def start_ranks(folder: Path, dtype: str, threads: int, pool: PoolConfig) -> Ranks | None:
-    """The other ranks of one of ``pool``'s workers, loading by now; None when it has only one."""
+def start_ranks(
+    folder: Path, dtype: str, threads: int, pool: PoolConfig, *, max_context: int | None = None
+) -> Ranks | None:
+    """The other ranks of one of ``pool``'s workers, loading by now; None when it has only one.
+
+    Raises :class:`ConfigError` when they cannot share the model, or this machine has GPUs but not one for each.
+    """
     if pool.tensor_parallel == 1:
         return None
     return Ranks(
@@ -31,19 +37,23 @@ def start_ranks(folder: Path, dtype: str, threads: int, pool: PoolConfig) -> Ran
         ranks=pool.tensor_parallel,
         dtype=dtype,
         threads=threads,
+        max_context=max_context,
         pages=pool.kv_tokens // pool.page_tokens,
         page_tokens=pool.page_tokens,
     )
 
 
-def load_model(folder: Path, dtype: str, threads: int, comm: Comm | None = None) -> Model:
-    """The model in ``folder``, or the slice of ``comm``'s rank; on CUDA when there is one.
+def load_model(
+    folder: Path, dtype: str, threads: int, comm: Comm | None = None, *, max_context: int | None = None
+) -> Model:
+    """The model in ``folder``, or the slice of ``comm``'s rank on its device; on a GPU when there is one.
 
-    ``threads`` of torch on CPU, for the calling thread; 0 keeps torch's own choice.
+    ``threads`` of torch on CPU, for the calling thread; 0 keeps torch's own choice. ``max_context``: tokens of the
+    longest sequence that will come, if that is less than the model's own.
     """
     if threads:
         compute_here(min(threads, os.cpu_count() or threads))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device() if comm is None else comm.device
     spec, compute = ModelSpec.from_folder(folder), weights.choose_dtype(dtype, device)
     storage = weights.storage_dtype(folder, TORCH_DTYPES[compute])
     model = Model(
@@ -54,6 +64,7 @@ def load_model(folder: Path, dtype: str, threads: int, comm: Comm | None = None)
         storage=storage,
         ops=choose_ops(TORCH_DTYPES[compute], device, spec.head_dim),
         comm=comm,
+        max_context=max_context,
     )
     weights.load(model, folder, weights.LoadLog())
     model.pack()

@@ -7,6 +7,7 @@ follow.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ class Task:
     folder: str
     dtype: str
     threads: int
+    max_context: int | None
     pages: int
     page_tokens: int
+    means: str  # one of engine.devices.Means
     parent: int  # process id of rank 0
 
 
@@ -43,7 +46,42 @@ class Ready:
     rank: int
 
 
-RECORDS = Registry(Task, Ready, Step)
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """All ranks are ready; those that share no memory meet here."""
+
+    port: int  # of 127.0.0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Copy tokens ``[start, start + count)`` of ``pages`` to the staging memory (:mod:`engine.private_cache`)."""
+
+    layer: int
+    pages: tuple[int, ...]
+    start: int
+    count: int
+    after: int  # sums: not before the rank has made so many
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """Copy what the staging memory holds to tokens ``[start, start + count)`` of ``pages``."""
+
+    layer: int
+    pages: tuple[int, ...]
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """The rank has done what the last :class:`Gather` or :class:`Scatter` asked."""
+
+    count: int
+
+
+RECORDS = Registry(Task, Ready, Connect, Step, Gather, Scatter, Copied)
 
 
 class Channel:
@@ -62,6 +100,10 @@ class Channel:
         self.close()
 
     def close(self) -> None:
+        """Ends the connection itself, so that the peer sees it even while a copy of the descriptor is open elsewhere:
+        in a process that was forked meanwhile, say."""
+        with contextlib.suppress(OSError):  # the peer, or an earlier call, has ended it
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def fileno(self) -> int:

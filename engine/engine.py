@@ -14,7 +14,7 @@ from baton.errors import InvalidRequest, NotFound, ProtocolError
 from baton.request import Sampling, TokenEvent, Work
 from engine.active import Active
 from engine.attention import Span
-from engine.cache import KVCache
+from engine.cache import KVCache, PagedKV
 from engine.model import Model
 from engine.pace import Pace
 from engine.pages import PagePool
@@ -23,7 +23,7 @@ from engine.runner import Runner, Step
 from engine.sampler import NO_TOKEN, Choice, Row, sample
 from engine.scheduler import Scheduler
 from engine.sequence import Job, Slice, Timing
-from engine.shared_cache import SharedKVCache
+from engine.speed import PromptSpeed
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class EngineLoad:
     pages_cached: int  # in the prefix cache, used or free
     entered_tokens: int  # so far, of sequences that got their pages (again after each preemption)
     hit_tokens: int  # of these, not computed because their KV was in the prefix cache
+    prompt_token_s: float  # seconds per prompt token lately; 0 while none was computed
 
 
 class Engine:
@@ -91,11 +92,11 @@ class Engine:
         :class:`engine.pace.Pace`.
         """
         self.layout, self.threads = model.layout, model.threads
-        self.cache: KVCache | SharedKVCache
+        self.cache: PagedKV
         if ranks is None:
             own = self.cache = KVCache(model.layout, pages=pages, page_tokens=page_tokens, device=model.device)
         else:
-            self.cache, own = ranks.cache, ranks.cache.shards[0]
+            self.cache, own = ranks.cache, ranks.cache.own
         self._model, self._runner, self._ranks = model, Runner(model, own), ranks
         self._observer = observer
         self._pool = PagePool(pages, page_tokens)
@@ -107,9 +108,11 @@ class Engine:
             mixed_tokens=mixed_tokens or None,
         )
         self._pace = None if mixed_tokens else Pace(gap_s)
+        self._speed = PromptSpeed()
         self._salt = model.layout.fingerprint.encode() if prefix_cache else None
         self._active: dict[str, Active] = {}
         self._past_timings: dict[str, Timing] = {}
+        self._checked = self._pool.changes
         self.blocked = False  # the last step found work but could run none: it waits for pages that others hold
 
     def warm_up(self, largest: int) -> None:
@@ -173,8 +176,9 @@ class Engine:
         logits = self._forward(ordered, len(decodes))
         choices = sample(logits, [self._row(part) for part in sampled]) if sampled else []
         ended_s = time.monotonic()
+        prompt_tokens = sum(part.count for part in ordered[len(decodes) :])
+        self._speed.observe(prompt_tokens, ended_s - started_s)
         if self._pace is not None:
-            prompt_tokens = sum(part.count for part in ordered[len(decodes) :])
             self._pace.observe(len(decodes), prompt_tokens, ended_s - started_s)
         self._scheduler.advance(ordered, ended_s)
         return [self._emit(part, choice) for part, choice in zip(sampled, choices, strict=True)]
@@ -206,11 +210,18 @@ class Engine:
             pages_cached=pool.kept,
             entered_tokens=scheduler.holdings.entered_tokens,
             hit_tokens=scheduler.holdings.hit_tokens,
+            prompt_token_s=self._speed.token_s,
         )
+
+    @property
+    def unchecked(self) -> bool:
+        """Some page has changed hands since the last :meth:`check_integrity`."""
+        return self._pool.changes != self._checked
 
     def check_integrity(self) -> None:
         """Raises :class:`engine.pages.PageIntegrityError` when a page leaked, has two owners or is cached wrongly."""
         self._scheduler.check_integrity()
+        self._checked = self._pool.changes
 
     def watch(self, on_failure: Callable[[BaseException], None]) -> None:
         """``on_failure`` is called, on another thread, when a rank dies: also while no step would notice."""
@@ -237,8 +248,8 @@ class Engine:
         if worst >= self._model.spec.vocab_size or min(work.prompt, default=0) < 0:
             raise InvalidRequest("prompt", f"token ids must lie in [0, {self._model.spec.vocab_size})")
         length = len(work.prompt) + (1 if prefill_only else work.sampling.max_tokens)
-        if length > self._model.spec.max_context:
-            raise InvalidRequest("prompt", f"{length} tokens exceed the context of {self._model.spec.max_context}")
+        if length > self._model.max_context:
+            raise InvalidRequest("prompt", f"{length} tokens exceed the context of {self._model.max_context}")
 
     def _append(self, active: Active, token: int) -> None:
         """A new output token; the scheduler learns the name of a page that it fills."""

@@ -18,6 +18,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MAX_CALLS = 8192  # far above what one worker's requests, cancels and reports put in flight between two steps
+QUIET_S = 0.1  # without a call, before pages are checked: milliseconds for tens of thousands of them
 IDLE_WAIT_S = 5.0  # how long one sleep lasts; a call ends it at once
 BLOCKED_WAIT_S = 0.05  # when work waits for pages that only a call can free
 
@@ -93,21 +94,25 @@ class EngineLoop:
         self._close()
 
     def _serve(self) -> None:
-        checked = True
         while not self._stopping.is_set():
             self._drain()
-            if self._engine.has_work:
-                checked = False
-                events = self._engine.step()
-                if events:
-                    self._on_events(events)
-                elif self._engine.blocked:
-                    self._wait(BLOCKED_WAIT_S)
+            if not self._engine.has_work:
+                self._rest()
                 continue
-            if not checked:
-                self._engine.check_integrity()
-                checked = True
-            self._wait(IDLE_WAIT_S)
+            events = self._engine.step()
+            if events:
+                self._on_events(events)
+            elif self._engine.blocked:
+                self._wait(BLOCKED_WAIT_S)
+
+    def _rest(self) -> None:
+        """Sleeps until a call comes, or for a while. Pages that changed hands are checked, but no request waits for it
+        that comes right after the one before."""
+        if self._engine.unchecked:
+            if self._wait(QUIET_S):
+                return
+            self._engine.check_integrity()
+        self._wait(IDLE_WAIT_S)
 
     def _drain(self) -> None:
         while True:
@@ -117,12 +122,14 @@ class EngineLoop:
                 return
             call()
 
-    def _wait(self, timeout_s: float) -> None:
+    def _wait(self, timeout_s: float) -> bool:
+        """True when a call came, which has run."""
         try:
             call = self._calls.get(timeout=timeout_s)
         except queue.Empty:
-            return
+            return False
         call()
+        return True
 
     def _close(self) -> None:
         with self._gate:

@@ -99,11 +99,14 @@ class Model:
         storage: torch.dtype | None = None,
         ops: Ops[Any] | None = None,
         comm: Comm | None = None,
+        max_context: int | None = None,
     ) -> None:
+        """``max_context``: tokens of the longest sequence that will come, if it is less than the model's own."""
         self.spec, self.dtype, self.device = spec, TORCH_DTYPES[dtype], device
         self.storage = storage or self.dtype
         self.ops: Ops[Any] = ops or TorchOps(self.dtype, device)
-        self.comm = comm or Alone()
+        self.comm = comm or Alone(device)
+        self.max_context = min(spec.max_context, max_context or spec.max_context)
         self.threads = torch.get_num_threads()  # that loaded it, and that are to compute it
         self.layout = KVLayout(name, spec.layers, spec.kv_heads, spec.head_dim, dtype)
         ranks = self.comm.ranks
@@ -113,7 +116,7 @@ class Model:
         self.layers = [self._layer(index) for index in range(spec.layers)]
         self.norm = self._vector(spec.hidden)
         self.head = Projection(self.embedding if spec.tied_head else self._matrix(self.vocab, spec.hidden))
-        cos, sin = rope_tables(spec)
+        cos, sin = rope_tables(spec, self.max_context)
         self.cos, self.sin = cos.to(device, self.dtype), sin.to(device, self.dtype)
 
     def pack(self) -> None:

@@ -35,6 +35,7 @@ class PagePool:
         self.page_tokens = page_tokens
         self.high_water = 0
         self.on_evict: Callable[[int], None] | None = None
+        self.changes = 0  # grows whenever a page changes hands
         self._free = list(range(pages - 1, -1, -1))
         self._references = [0] * pages
         self._kept: set[int] = set()
@@ -61,6 +62,7 @@ class PagePool:
         """``count`` free pages, each now referenced once. Raises :class:`OutOfPages`, all or nothing."""
         if count > self.free:
             raise OutOfPages(f"{count} pages wanted, {self.free} of {self.total} free")
+        self.changes += 1
         while len(self._free) < count:
             self._evict()
         taken = [self._free.pop() for _ in range(count)]
@@ -73,10 +75,12 @@ class PagePool:
         """From now on ``page``, which must be in use, goes idle with its last reference instead of free."""
         if self._references[page] == 0:
             raise PageIntegrityError(f"page {page} is free and cannot be kept")
+        self.changes += 1
         self._kept.add(page)
 
     def share(self, pages: Iterable[int]) -> None:
         """Adds one reference to each of ``pages``, which must be in use or idle."""
+        self.changes += 1
         for page in pages:
             if self._references[page] == 0:
                 if page not in self._kept:
@@ -87,6 +91,7 @@ class PagePool:
 
     def drop(self, pages: Iterable[int]) -> None:
         """Takes one reference from each of ``pages`` in turn; those without any left are free or idle."""
+        self.changes += 1
         for page in pages:
             if self._references[page] == 0:
                 raise PageIntegrityError(f"page {page} is already free")
@@ -99,6 +104,7 @@ class PagePool:
 
     def keep_none(self) -> None:
         """Nobody wants any page's content any longer: idle pages are free, those in use are when they are dropped."""
+        self.changes += 1
         self._kept.clear()
         self._free += self._idle
         self._idle.clear()

@@ -4,8 +4,10 @@ their death.
     rank 0's process                          rank r's process (``engine.rank_process``)
     start ── Task ──────────────────────────> load its slice of the model
     await_ready <──────────────────── Ready ──
+       ── Connect ──────────────────────────> meet the others (:mod:`engine.collective` only)
     send ── Step ───────────────────────────> run the same step over its own heads
-            <═ sums of the step: engine.shared_reduce ═>
+            <═ sums of the step: engine.shared_reduce or engine.collective ═>
+    cache ── Gather, Scatter ───────────────> copy its own heads (:mod:`engine.private_cache` only)
     close, or death ── end of file ─────────> end
 
 The memory that they share has no name, the sockets are inherited and the ranks die with the thread that started them,
@@ -28,17 +30,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from baton.errors import ConfigError, Unavailable
-from baton.layout import KVLayout
 from baton.records import pack
-from engine import hub, weights
-from engine.channel import Channel, Ready, Task
+from engine import weights
+from engine.channel import Channel, Connect, Ready, Task
+from engine.collective import Collective
 from engine.comm import RankLost
+from engine.devices import Means, choose_means, device_of
+from engine.ground import ground_for
 from engine.runner import Step
-from engine.shared_cache import Segment, SharedKVCache
-from engine.shared_reduce import ROUND_TIMEOUT_S, SharedReduce, create_shared, map_shared
+from engine.shared_reduce import create_shared, map_shared
 from engine.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,26 @@ class _Rank:
     number: int
     process: subprocess.Popen[bytes]
     channel: Channel
+    copies: Channel  # of its own, lest a copy wait behind a step
+
+    def end(self, timeout_s: float) -> None:
+        """Waits for its end, which closing its channels asked for; then with force."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(END_TIMEOUT_S)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.copies.close()
 
 
 class Ranks:
-    """Ranks 1 to ``ranks - 1`` as processes, and what rank 0 shares with them. Close it, or end the process."""
+    """Ranks 1 to ``ranks - 1`` as processes, and what rank 0 shares with them. Close it, or end the process.
+
+    ``comm`` is rank 0's end of the sums, ``cache`` the KV of all ranks, ``cache.own`` rank 0's part of it.
+    """
 
     def __init__(
         self,
@@ -67,42 +84,42 @@ class Ranks:
         ranks: int,
         dtype: str,
         threads: int,
+        max_context: int | None = None,
         pages: int,
         page_tokens: int,
-        round_timeout_s: float = ROUND_TIMEOUT_S,
+        means: Means | None = None,
+        round_timeout_s: float | None = None,
     ) -> None:
-        """Starts them. ``dtype`` as :func:`engine.weights.choose_dtype` takes it; ``threads`` of torch in each.
+        """Starts them. ``dtype`` as :func:`engine.weights.choose_dtype` takes it; ``threads`` of torch in each;
+        ``max_context`` as :func:`engine.build.load_model`; ``means`` and ``round_timeout_s`` as suits this machine.
 
-        Raises :class:`ConfigError` when the model cannot be shared among ``ranks``.
+        Raises :class:`ConfigError` when the model cannot be shared among ``ranks``, or this machine has too few GPUs;
+        no process has been started then.
         """
-        if torch.cuda.is_available():
-            raise ConfigError("more than 1 is for CPU workers so far, this one has CUDA", field="tensor_parallel")
-        spec = ModelSpec.from_folder(folder)
-        require_divisible(spec, ranks)
-        compute = weights.choose_dtype(dtype, torch.device("cpu"))
-        layout = KVLayout(hub.describe(folder), spec.layers, spec.kv_heads, spec.head_dim, compute)
-        segment = Segment(layout, ranks, pages, page_tokens)
+        means = choose_means(ranks) if means is None else means
+        require_divisible(ModelSpec.from_folder(folder), ranks)
+        weights.checkpoint_files(folder)  # one error here rather than one from each rank
+        compute = weights.choose_dtype(dtype, device_of(means, 0))
+        ground = ground_for(folder, means, ranks, compute, pages=pages, page_tokens=page_tokens)
         self._gate = threading.Lock()
         self._lost: RankLost | None = None
         self._on_lost: Callable[[RankLost], None] | None = None
         self._closing = threading.Event()
-        descriptor = create_shared(segment.bytes)
+        memory_file = create_shared(ground.shared_bytes)
         try:
-            memory = map_shared(descriptor)
-            tasks = [
-                Task(rank, ranks, str(folder), compute, threads, pages, page_tokens, os.getpid())
-                for rank in range(1, ranks)
-            ]
-            started: Future[list[_Rank]] = Future()
-            self._watcher = threading.Thread(
-                target=self._own, args=(tasks, descriptor, started), name="ranks", daemon=True
-            )
-            self._watcher.start()
-            self._ranks = started.result(START_TIMEOUT_S)
-        finally:
-            os.close(descriptor)
-        self.cache = SharedKVCache(segment, memory)
-        self.comm = SharedReduce(memory, rank=0, ranks=ranks, check_peers=self.check, timeout_s=round_timeout_s)
+            memory = map_shared(memory_file)
+            self.comm = ground.comm(memory, 0, check_peers=self.check, timeout_s=round_timeout_s)
+        except BaseException:
+            os.close(memory_file)
+            raise
+        tasks = [
+            Task(rank, ranks, str(folder), compute, threads, max_context, pages, page_tokens, means, os.getpid())
+            for rank in range(1, ranks)
+        ]
+        self._ranks = self._start(tasks, memory_file)
+        log.info("tensor parallel: %d ranks meet by %s", ranks, means)
+        others = [rank.copies for rank in self._ranks]
+        self.cache = ground.whole(memory, self.comm, others, check=self.check, on_lost=self._lose)
 
     @property
     def pids(self) -> list[int]:
@@ -110,7 +127,7 @@ class Ranks:
         return [rank.process.pid for rank in self._ranks]
 
     def await_ready(self) -> None:
-        """Returns when every rank has loaded its slice. Raises :class:`Unavailable` when one does not."""
+        """Returns when every rank has loaded its slice and is connected. Raises :class:`RankLost` when one is not."""
         deadline_s = time.monotonic() + READY_TIMEOUT_S
         for rank in self._ranks:
             try:
@@ -119,24 +136,23 @@ class Ranks:
                 raise RankLost(rank.number, f"not ready after {READY_TIMEOUT_S:g} s") from None
             if not isinstance(answer, Ready):
                 raise RankLost(rank.number, "it ended while it loaded the model; its log says why")
+        if isinstance(self.comm, Collective):
+            port = self.comm.listen()
+            self._tell(Connect(port))
+            self.comm.connect(port)
 
     def send(self, step: Step) -> None:
         """Tells every other rank to run ``step``. Raises :class:`RankLost`."""
         self.check()
-        body = pack(step)
-        for rank in self._ranks:
-            try:
-                rank.channel.send_packed(body)
-            except OSError as error:  # TimeoutError is one
-                raise RankLost(rank.number, f"it does not take steps: {error}") from None
+        self._tell(step)
 
     def check(self) -> None:
-        """Raises :class:`RankLost` when a rank is known to have died."""
+        """Raises :class:`RankLost` when a rank is known to be lost."""
         if self._lost is not None:
             raise self._lost
 
     def watch(self, on_lost: Callable[[RankLost], None]) -> None:
-        """``on_lost`` is called once, on another thread, when a rank has died; at once when one has already."""
+        """``on_lost`` is called once, on another thread, when a rank is lost; at once when one is already."""
         with self._gate:
             self._on_lost = on_lost
             lost = self._lost
@@ -147,28 +163,70 @@ class Ranks:
         """Ends the ranks, with force those that do not end by themselves."""
         self._closing.set()
         for rank in self._ranks:
-            rank.channel.close()
+            rank.close()
         deadline_s = time.monotonic() + END_TIMEOUT_S
         for rank in self._ranks:
-            try:
-                rank.process.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                rank.process.kill()
-                rank.process.wait(END_TIMEOUT_S)
+            rank.end(max(0.0, deadline_s - time.monotonic()))
         self._watcher.join(END_TIMEOUT_S)
+        if isinstance(self.comm, Collective):
+            self.comm.close()
+
+    def _tell(self, record: Connect | Step) -> None:
+        body = pack(record)
+        for rank in self._ranks:
+            try:
+                rank.channel.send_packed(body)
+            except OSError as error:  # TimeoutError is one
+                raise RankLost(rank.number, f"it does not take steps: {error}") from None
+
+    def _lose(self, lost: RankLost) -> None:
+        """The first loss counts; what follows from it is none."""
+        with self._gate:
+            if self._lost is not None or self._closing.is_set():
+                return
+            self._lost, on_lost = lost, self._on_lost
+        log.error("%s", lost)
+        if on_lost is not None:
+            on_lost(lost)
+
+    def _start(self, tasks: list[Task], memory_file: int) -> list[_Rank]:
+        started: Future[list[_Rank]] = Future()
+        self._watcher = threading.Thread(
+            target=self._own, args=(tasks, memory_file, started), name="ranks", daemon=True
+        )
+        self._watcher.start()
+        try:
+            return started.result(START_TIMEOUT_S)
+        except TimeoutError:
+            self._closing.set()
+            raise Unavailable(f"the ranks did not start within {START_TIMEOUT_S:g} s") from None
 
     # ---- on the thread that the ranks die with
 
-    def _own(self, tasks: list[Task], descriptor: int, started: Future[list[_Rank]]) -> None:
-        """Starts the ranks and lives until one of them has ended; the kernel then kills the rest."""
+    def _own(self, tasks: list[Task], memory_file: int, started: Future[list[_Rank]]) -> None:
+        """Starts the ranks and lives until one of them has ended; the kernel then kills the rest.
+
+        ``memory_file`` is this thread's: closed by another, its number might be another file's before a rank inherits.
+        """
         ranks: list[_Rank] = []
         try:
             for task in tasks:
-                ranks.append(_start(task, descriptor))
+                ranks.append(_start_rank(task, memory_file))
         except OSError as error:
+            _end_all(ranks)
             started.set_exception(Unavailable(f"cannot start rank {len(ranks) + 1}: {error}"))
             return
+        finally:
+            os.close(memory_file)
+        if self._closing.is_set():  # nobody waits for them any more
+            _end_all(ranks)
+            return
         started.set_result(ranks)
+        ended = self._first_end(ranks)
+        self._lose(RankLost(ended.number, f"its process ended with {ended.process.poll()}"))
+
+    @staticmethod
+    def _first_end(ranks: list[_Rank]) -> _Rank:
         with contextlib.ExitStack() as handles:
             poller, numbers = select.poll(), dict[int, _Rank]()
             for rank in ranks:
@@ -179,16 +237,7 @@ class Ranks:
             ended: list[tuple[int, int]] = []
             while not ended:
                 ended = poller.poll(WATCH_MS)
-            if not self._closing.is_set():
-                self._report(numbers[ended[0][0]])
-
-    def _report(self, rank: _Rank) -> None:
-        with self._gate:
-            self._lost = lost = RankLost(rank.number, f"its process ended with {rank.process.poll()}")
-            on_lost = self._on_lost
-        log.error("%s", lost)
-        if on_lost is not None:
-            on_lost(lost)
+            return numbers[ended[0][0]]
 
 
 def require_divisible(spec: ModelSpec, ranks: int) -> None:
@@ -204,17 +253,27 @@ def require_divisible(spec: ModelSpec, ranks: int) -> None:
             raise ConfigError(f"{ranks} ranks cannot share {count} {what} evenly", field="tensor_parallel")
 
 
-def _start(task: Task, descriptor: int) -> _Rank:
+def _start_rank(task: Task, memory_file: int) -> _Rank:
     """One rank's process, with its task already in its socket."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    name, path = f"rank {task.rank}", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        inherited, channels = [memory_file], []
+        for _ in range(2):
+            end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            channels.append(ours.enter_context(Channel(end, peer=name)))
+            inherited.append(theirs.enter_context(other).fileno())
+        channels[0].send(task)
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "engine.rank_process", str(theirs.fileno()), str(descriptor)],
+            [sys.executable, "-P", "-m", "engine.rank_process", *map(str, inherited)],
             stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), descriptor),
+            pass_fds=inherited,
             env={**os.environ, "PYTHONPATH": path},
         )
-    channel = Channel(ours, peer=f"rank {task.rank}")
-    channel.send(task)
-    return _Rank(task.rank, process, channel)
+        ours.pop_all()
+    return _Rank(task.rank, process, *channels)
+
+
+def _end_all(ranks: list[_Rank]) -> None:
+    for rank in ranks:
+        rank.close()
+        rank.end(END_TIMEOUT_S)

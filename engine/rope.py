@@ -10,15 +10,15 @@ from torch import Tensor
 from engine.spec import DynamicRope, LinearRope, Llama3Rope, ModelSpec, YarnRope
 
 
-def rope_tables(spec: ModelSpec) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [max_context, head_dim] in float32; the first half of ``sin`` is negated.
+def rope_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [positions, head_dim] in float32; the first half of ``sin`` is negated.
 
     Rotary embedding (RoFormer, arXiv:2104.09864) in the half-split form of Hugging Face checkpoints. YaRN's attention
     factor is in both, so that queries and keys grow by it as they are rotated.
     """
     half = spec.head_dim // 2
-    angles = torch.outer(torch.arange(spec.max_context, dtype=torch.float32), _frequencies(spec))
-    cos, sin = (torch.empty(spec.max_context, spec.head_dim) for _ in range(2))
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), _frequencies(spec))
+    cos, sin = (torch.empty(positions, spec.head_dim) for _ in range(2))
     torch.cos(angles, out=cos[:, :half])
     torch.sin(angles, out=sin[:, half:])
     if isinstance(spec.rope_scaling, YarnRope):

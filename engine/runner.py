@@ -69,4 +69,6 @@ class Runner:
         )
         indexes = indexes.to(model.device, non_blocking=True)
         tokens, places, wanted = torch.split(indexes, [len(step.tokens), len(positions), len(step.wanted)])
-        return model.forward(Batch(tokens, places, wanted, attention), self._cache, layer_written)
+        logits = model.forward(Batch(tokens, places, wanted, attention), self._cache, layer_written)
+        model.comm.settle()
+        return logits

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from baton.layout import KVLayout
 from engine.cache import KVCache
+from engine.heads import join_heads, share_of, split_heads
 from engine.shared_reduce import shared_bytes
 
 
@@ -30,7 +31,7 @@ class Segment:
     @property
     def share(self) -> KVLayout:
         """What one rank holds of each token."""
-        return replace(self.layout, kv_heads=self.layout.kv_heads // self.ranks)
+        return share_of(self.layout, self.ranks)
 
     @property
     def cache_bytes(self) -> int:
@@ -55,7 +56,7 @@ class Segment:
 
 
 class SharedKVCache:
-    """All ranks' caches as one, for the process of rank 0. ``layers`` is rank 0's own part.
+    """All ranks' caches as one (:class:`engine.cache.PagedKV`), for the process of rank 0.
 
     A step's all-reduce orders what the ranks wrote in it before what rank 0 reads afterwards, and the message that
     starts a step orders what rank 0 wrote before what the ranks read in it.
@@ -66,17 +67,19 @@ class SharedKVCache:
         self.shards = [segment.cache(memory, rank) for rank in range(segment.ranks)]
 
     @property
+    def own(self) -> KVCache:
+        """Rank 0's."""
+        return self.shards[0]
+
+    @property
     def bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
     def gather(self, layer: int, pages: Sequence[int], start: int, count: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`engine.cache.KVCache.gather`: K and V of all ranks' heads in order."""
-        parts = [shard.gather(layer, pages, start, count) for shard in self.shards]
-        return torch.cat([keys for keys, _ in parts], dim=1), torch.cat([values for _, values in parts], dim=1)
+        """As :meth:`engine.cache.PagedKV.gather`: K and V of all ranks' heads in order."""
+        return join_heads([shard.rows(layer, pages, start, count) for shard in self.shards])
 
     def scatter(self, layer: int, pages: Sequence[int], start: int, k: Tensor, v: Tensor) -> None:
-        """As :meth:`engine.cache.KVCache.scatter`: each rank's heads to its own pages."""
-        heads = self.layout.kv_heads // len(self.shards)
-        parts = zip(self.shards, torch.split(k, heads, dim=1), torch.split(v, heads, dim=1), strict=True)
-        for shard, keys, values in parts:
-            shard.scatter(layer, pages, start, keys, values)
+        """As :meth:`engine.cache.PagedKV.scatter`: each rank's heads to its own pages."""
+        for shard, rows in zip(self.shards, split_heads(k, v, len(self.shards)), strict=True):
+            shard.write_rows(layer, pages, start, rows)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from baton.errors import ConfigError
 from engine.comm import RankLost
+from engine.devices import ORDERED_STORES
 
 LINE_BYTES = 64
 PIECE_BYTES = 256 << 10  # of one round: two ranks' slots stay in a core's second-level cache (docs/adr/0007)
@@ -54,12 +55,12 @@ class SharedReduce:
         rank: int,
         ranks: int,
         check_peers: Callable[[], None] | None = None,
-        timeout_s: float = ROUND_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
-        if platform.machine() not in ("x86_64", "AMD64"):
+        if platform.machine() not in ORDERED_STORES:
             raise ConfigError(f"needs x86-64 on CPU, this is {platform.machine()}", field="tensor_parallel")
-        self.rank, self.ranks = rank, ranks
-        self._check_peers, self._timeout_s = check_peers, timeout_s
+        self.rank, self.ranks, self.device = rank, ranks, torch.device("cpu")
+        self._check_peers, self._timeout_s = check_peers, timeout_s or ROUND_TIMEOUT_S
         lines = ranks * LINE_BYTES
         self._counters = memoryview(memory)[:lines].cast("q")
         self._peers = [(peer, peer * LINE_BYTES // 8) for peer in range(ranks) if peer != rank]
@@ -96,6 +97,9 @@ class SharedReduce:
                 rows_here, columns_here = slice(row, row + step), slice(column, column + columns)
                 self._gather(x[rows_here, columns_here], out if out is None else out[rows_here, :, columns_here])
         return x if out is None else out.view(rows, self.ranks * width)
+
+    def settle(self) -> None:
+        """Nothing to wait for: a sum is done when its call returns."""
 
     def _reduce(self, x: Tensor, slots: list[list[Tensor]]) -> None:
         """x: [n], at most one piece."""

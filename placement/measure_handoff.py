@@ -13,10 +13,9 @@ from baton.config import PoolConfig
 from baton.errors import BatonError, ConfigError
 from baton.request import Sampling, Work
 from engine.build import build_engine
-from engine.cache import KVCache
+from engine.cache import PagedKV
 from engine.engine import Chunk
 from engine.model import Model
-from engine.shared_cache import SharedKVCache
 from kvtransfer.arena import HostMemory
 from kvtransfer.codecs import Codec, make_codec
 from kvtransfer.protocol import block_digest
@@ -59,7 +58,7 @@ class _Pages:
         self.latest = chunks[0].pages
 
 
-def _codec(codec: Codec, cache: KVCache | SharedKVCache, pages: tuple[int, ...], sizes: list[int]) -> CodecSpeed:
+def _codec(codec: Codec, cache: PagedKV, pages: tuple[int, ...], sizes: list[int]) -> CodecSpeed:
     encode_s, decode_s, wire_bytes = [], [], 0
     for tokens in sizes:
         times = [_layers(codec, cache, pages, tokens) for _ in range(REPEATS)]
@@ -71,9 +70,7 @@ def _codec(codec: Codec, cache: KVCache | SharedKVCache, pages: tuple[int, ...],
     return CodecSpeed(_line(raw, encode_s), _line(raw, decode_s), raw[-1] * layers / wire_bytes)
 
 
-def _layers(
-    codec: Codec, cache: KVCache | SharedKVCache, pages: tuple[int, ...], tokens: int
-) -> tuple[float, float, int]:
+def _layers(codec: Codec, cache: PagedKV, pages: tuple[int, ...], tokens: int) -> tuple[float, float, int]:
     """Seconds per layer to gather, encode and sign, and to check, decode and scatter; bytes of all layers."""
     layers = cache.layout.layers
     staging = memoryview(bytearray(codec.bound(tokens)))

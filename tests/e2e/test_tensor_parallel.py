@@ -107,7 +107,7 @@ def expected(folder: Path, works: list[Work]) -> dict[str, list[int]]:
 
 
 def load(folder: Path, pool: PoolConfig) -> tuple[Model, Ranks | None]:
-    ranks = start_ranks(folder, "float32", 1, pool)
+    ranks = start_ranks(folder, "float32", 1, pool, max_context=2048)
     return load_model(folder, "float32", 1, ranks.comm if ranks is not None else None), ranks
 
 
@@ -126,7 +126,9 @@ class House:
     def __init__(self, prefill: PrefillWorker, decode: DecodeWorker) -> None:
         self.prefill, self.decode = prefill, decode
         self.pools = Pools(connect_s=5.0)
-        self._dispatcher = Dispatcher(self.pools, decode_page_tokens=PAGES["decode"], disaggregated=True)
+        self._dispatcher = Dispatcher(
+            self.pools, decode_page_tokens=PAGES["decode"], disaggregated=True, local_prefill=False
+        )
 
     async def connect(self) -> None:
         for role, worker in (("prefill", self.prefill), ("decode", self.decode)):

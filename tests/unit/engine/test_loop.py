@@ -94,6 +94,37 @@ def test_a_leaked_page_is_a_failure_when_idle(tiny: Model, harness: Harness) -> 
     assert "0 owners" in str(listener.failures[0])
 
 
+def test_pages_are_checked_once_after_each_change(
+    tiny: Model, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "QUIET_S", 0.01)
+    listener, engine, checks = Listener(), harness.engine(tiny), threading.Semaphore(0)
+    check = engine.check_integrity
+
+    def counted() -> None:
+        check()
+        checks.release()
+
+    monkeypatch.setattr(engine, "check_integrity", counted)
+    loop = EngineLoop(engine, listener.on_events, listener.on_failure)
+    loop.start()
+    for _ in range(3):
+        loop.call(lambda engine: engine.load()).result(WAIT_S)
+    assert not checks.acquire(timeout=0.2)  # nothing has changed hands
+    loop.call(lambda engine: engine.reserve(harness.work("landing", harness.prompt(9)))).result(WAIT_S)
+    assert checks.acquire(timeout=WAIT_S)
+    for _ in range(3):
+        loop.call(lambda engine: engine.load()).result(WAIT_S)
+    assert not checks.acquire(timeout=0.2)
+    loop.call(lambda engine: engine.release("landing")).result(WAIT_S)
+    assert checks.acquire(timeout=WAIT_S)
+    loop.call(lambda engine: engine.add(harness.work("a", harness.prompt(9)))).result(WAIT_S)
+    assert listener.finished.wait(WAIT_S)
+    assert checks.acquire(timeout=WAIT_S)
+    assert loop.stop(WAIT_S)
+    assert listener.failures == []
+
+
 def test_work_that_waits_for_pages_goes_on_after_a_release(tiny: Model, harness: Harness) -> None:
     listener, engine = Listener(), harness.engine(tiny, pages=5)
     loop = EngineLoop(engine, listener.on_events, listener.on_failure)

@@ -59,7 +59,7 @@ def reference(parameters: dict[str, Any], head_dim: int = 64, theta: float = 100
 def test_tables_equal_transformers(
     scaling: RopeScaling, parameters: dict[str, Any], head_dim: int, theta: float
 ) -> None:
-    cos, sin = rope_tables(spec(scaling, head_dim, theta))
+    cos, sin = rope_tables(spec(scaling, head_dim, theta), CONTEXT)
     expected_cos, expected_sin = reference(parameters, head_dim, theta)
     half = head_dim // 2
     # The ramp of Llama 3 rounds otherwise than theirs: 2e-5 measured. All else is equal to the last bit.
@@ -71,11 +71,17 @@ def test_tables_equal_transformers(
 
 def test_a_ramp_within_one_dimension_is_a_step() -> None:
     yarn = YarnRope(16.0, 256, 1.0, 4.0, 4.0, False)
-    cos, _ = rope_tables(spec(yarn))
+    cos, _ = rope_tables(spec(yarn), CONTEXT)
     expected, _ = reference(YARN | {"attention_factor": 1.0, "beta_fast": 4.0, "beta_slow": 4.0, "truncate": False})
     torch.testing.assert_close(cos, expected, rtol=0, atol=5e-5)
 
 
 def test_dynamic_scaling_is_none_within_the_context() -> None:
-    for ours, plain in zip(rope_tables(spec(DynamicRope(8.0))), rope_tables(spec(None)), strict=True):
+    for ours, plain in zip(rope_tables(spec(DynamicRope(8.0)), CONTEXT), rope_tables(spec(None), CONTEXT), strict=True):
         assert torch.equal(ours, plain)
+
+
+def test_tables_of_the_served_context_begin_as_the_models_own() -> None:
+    for scaling in (None, YarnRope(16.0, 256, 1.2772588722239782, 32.0, 1.0, True)):
+        for served, whole in zip(rope_tables(spec(scaling), 100), rope_tables(spec(scaling), CONTEXT), strict=True):
+            assert torch.equal(served, whole[:100])

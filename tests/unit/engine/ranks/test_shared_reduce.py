@@ -22,7 +22,7 @@ from baton.errors import ConfigError, Unavailable
 from engine.comm import Alone, RankLost
 from engine.shared_reduce import PIECE_BYTES, SharedReduce, create_shared, map_shared, shared_bytes
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 PIECE = PIECE_BYTES // 4  # float32 values
 
 PEER = """
