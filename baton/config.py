@@ -167,6 +167,10 @@ class RouterConfig(_Frozen):
     )
     connect_s: Seconds = Field(default=5.0, description="Longest wait for a worker's connection or answer.")
     max_request_bytes: Count = Field(default=4 << 20, description="Largest request accepted.")
+    local_prefill: bool = Field(
+        default=True,
+        description="Whether decode workers compute prompts themselves where that gives the first token much sooner.",
+    )
 
 
 class SecurityConfig(_Frozen):

@@ -129,6 +129,7 @@ class Load:
     buffer_bytes_quarantined: int
     pages_high_water: int = 0
     pages_cached: int = 0  # in the prefix cache, used or free: unlike the others it stays when the worker is idle
+    prompt_token_s: float = 0.0  # what a prompt token cost lately, beside whatever else ran; 0 while none was computed
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,7 @@ class DecodeWorker:
             pages_total=held.pages_total,
             pages_high_water=held.pages_high_water,
             pages_cached=held.pages_cached,
+            prompt_token_s=held.prompt_token_s,
             handoffs=landing.leases,
             buffer_bytes_used=landing.landing_bytes_used,
             buffer_bytes_total=landing.landing_bytes_total,

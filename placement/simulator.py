@@ -315,7 +315,7 @@ class _Simulation:
         if seen is None or now_s - seen.at_s >= LOAD_AGE_S:
             load = worker.load(waiting_tokens=role == "prefill", line=len(self._lines.get(worker.name, ())))
             seen = self._seen[worker.name] = _Seen(now_s, load)
-        return policy.WorkerView(worker.name, seen.load, seen.requests, seen.tokens)
+        return policy.WorkerView(worker.name, seen.load, seen.requests, seen.tokens, seen.tokens)
 
     # ---- failures and scaling
 

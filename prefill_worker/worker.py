@@ -113,6 +113,7 @@ class PrefillWorker:
             pages_total=held.pages_total,
             pages_high_water=held.pages_high_water,
             pages_cached=held.pages_cached,
+            prompt_token_s=held.prompt_token_s,
             handoffs=staging.handoffs,
             buffer_bytes_used=staging.staging_bytes_used,
             buffer_bytes_total=staging.staging_bytes_total,

@@ -107,24 +107,26 @@ class InOrder:
 class Dispatcher:
     """Runs requests over the connected workers."""
 
-    def __init__(self, pools: Pools, *, decode_page_tokens: int, disaggregated: bool) -> None:
-        self._pools, self._page_tokens, self._disaggregated = pools, decode_page_tokens, disaggregated
+    def __init__(self, pools: Pools, *, decode_page_tokens: int, disaggregated: bool, local_prefill: bool) -> None:
+        self._pools, self._page_tokens = pools, decode_page_tokens
+        self._disaggregated, self._local_prefill = disaggregated, local_prefill
 
     async def stream(self, run: Run) -> AsyncGenerator[tuple[TokenEvent, ...]]:
         """Every output token, in order, in batches as they come. Closing the iterator frees the request everywhere."""
         work, request_id = run.work, run.work.request_id
         with contextlib.ExitStack() as held:
             decode = self._choose_decode(len(work.prompt))
-            held.enter_context(decode.attached(request_id, run.sink, len(work.prompt)))
-            if self._disaggregated:
+            local = self._local(decode, len(work.prompt))
+            held.enter_context(decode.attached(request_id, run.sink, len(work.prompt), computes=local))
+            if local:
+                decode.send(Decode(run.remaining()))
+            else:
                 decode.send(Reserve(run.remaining(), epoch=0, codec=run.codec, floor=run.floor))
                 ticket = await self._granted(run)
                 prefill = self._choose_prefill()
-                held.enter_context(prefill.attached(request_id, run.sink, len(work.prompt)))
+                held.enter_context(prefill.attached(request_id, run.sink, len(work.prompt), computes=True))
                 prefill.send(Prefill(run.remaining(), ticket))
                 run.transport = ticket.transport
-            else:
-                decode.send(Decode(run.remaining()))
             run.dispatched_s = time.monotonic()
             async with contextlib.aclosing(self._tokens(run)) as batches:
                 async for batch in batches:
@@ -168,6 +170,14 @@ class Dispatcher:
     def _choose_prefill(self) -> Peer:
         peers = self._pools.of("prefill")
         return _named(peers, policy.choose_prefill(peer.view() for peer in peers), "prefill")
+
+    def _local(self, decode: Peer, tokens: int) -> bool:
+        """Whether ``decode`` computes the prompt itself."""
+        if not self._disaggregated:
+            return True
+        views = {view.worker_id: view for view in (peer.view() for peer in self._pools.of("prefill"))}
+        best = policy.choose_prefill(views.values())
+        return self._local_prefill and policy.prefers_local(decode.view(), views.get(best or ""), tokens)
 
 
 def _named(peers: list[Peer], worker_id: str | None, role: Role) -> Peer:

@@ -47,7 +47,7 @@ class Peer:
         self.address, self.hello, self._link, self._load = address, hello, link, load
         self._load_s = time.monotonic()
         self._sinks: dict[str, Sink] = {}
-        self._unseen: dict[str, int] = {}
+        self._unseen: dict[str, tuple[int, bool]] = {}  # prompt tokens, and whether they are computed there
 
     @classmethod
     async def connect(cls, address: WorkerAddress, *, timeout_s: float, key: ClusterKey | None = None) -> Peer:
@@ -73,13 +73,23 @@ class Peer:
         return time.monotonic() - self._load_s
 
     def view(self) -> WorkerView:
-        return WorkerView(self.address.worker_id, self._load, len(self._unseen), sum(self._unseen.values()))
+        unseen = self._unseen.values()
+        return WorkerView(
+            self.address.worker_id,
+            self._load,
+            len(unseen),
+            sum(tokens for tokens, _ in unseen),
+            sum(tokens for tokens, computed in unseen if computed),
+        )
 
     @contextlib.contextmanager
-    def attached(self, request_id: str, sink: Sink, tokens: int) -> Iterator[None]:
-        """While open, records about ``request_id`` go to ``sink``; on the way out the worker is told to free it."""
+    def attached(self, request_id: str, sink: Sink, tokens: int, *, computes: bool) -> Iterator[None]:
+        """While open, records about ``request_id`` go to ``sink``; on the way out the worker is told to free it.
+
+        ``tokens`` of prompt will take pages there; computes: they are computed there, not received.
+        """
         self._sinks[request_id] = sink
-        self._unseen[request_id] = tokens
+        self._unseen[request_id] = tokens, computes
         try:
             yield
         finally:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from baton.messages import Load
 
+LOCAL_GAIN = 1.5  # how many times sooner the first token must come for the decode worker to compute the prompt itself
+MIXED_COST = 2.0  # what a prompt token costs beside decodes, in that of a prefill worker, until it was measured
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
@@ -20,11 +23,12 @@ class WorkerView:
     load: Load
     unseen_requests: int = 0
     unseen_tokens: int = 0
+    unseen_prompts: int = 0  # of these, tokens to be computed there
 
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens that would be computed before a new prompt's."""
-        return self.load.waiting_tokens + self.unseen_tokens
+        return self.load.waiting_tokens + self.unseen_prompts
 
     @property
     def sequences(self) -> int:
@@ -51,3 +55,17 @@ def choose_decode(workers: Sequence[WorkerView], tokens: int, page_tokens: int) 
     roomy = [worker for worker in workers if worker.fits(tokens, page_tokens)] or workers
     best = min(roomy, key=lambda w: (w.sequences, w.load.pages_used, w.worker_id), default=None)
     return best.worker_id if best else None
+
+
+def prefers_local(decode: WorkerView, prefill: WorkerView | None, tokens: int) -> bool:
+    """Whether ``decode`` computes a prompt of ``tokens`` tokens itself, its best ``prefill`` worker being that one.
+
+    Beside its decodes that goes slowly, and stretches their gaps as far as ``gap_ms`` allows. So it must give the first
+    token ``LOCAL_GAIN`` times sooner than the line at the prefill worker: by both workers' own measure of a prompt
+    token. While nothing was measured, or no prompt waits anywhere, prefill workers do what they are there for.
+    """
+    if prefill is None:
+        return True
+    remote_s = prefill.load.prompt_token_s * (prefill.queued_tokens + tokens)
+    local_s = (decode.load.prompt_token_s or MIXED_COST * prefill.load.prompt_token_s) * (decode.queued_tokens + tokens)
+    return prefill.queued_tokens > 0 and LOCAL_GAIN * local_s < remote_s

@@ -67,7 +67,10 @@ class InferenceService:
         self.pools = Pools(connect_s=config.router.connect_s, key=load_key(config.security))
         self._disaggregated = config.prefill.replicas > 0
         self._dispatcher = Dispatcher(
-            self.pools, decode_page_tokens=config.decode.page_tokens, disaggregated=self._disaggregated
+            self.pools,
+            decode_page_tokens=config.decode.page_tokens,
+            disaggregated=self._disaggregated,
+            local_prefill=config.router.local_prefill,
         )
         self._counters = Counters()
         self._codec_tokens: Counter[str] = Counter()  # (layer, token) pairs handed over, by codec

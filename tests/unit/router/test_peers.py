@@ -68,7 +68,7 @@ async def test_records_reach_their_request_only() -> None:
         peer = await Peer.connect(address, timeout_s=2)
         listening = asyncio.create_task(peer.listen())
         got: list[object] = []
-        with peer.attached("r", lambda _, record: got.append(record), 3):
+        with peer.attached("r", lambda _, record: got.append(record), 3, computes=True):
             peer.send(Decode(work()))
             await until(lambda: got)
         assert got == [Tokens((TokenEvent("r", 0, 7), TokenEvent("r", 1, 8)))]
@@ -78,7 +78,7 @@ async def test_records_reach_their_request_only() -> None:
 async def test_leaving_tells_the_worker_to_free_the_request() -> None:
     async with serving() as (handler, _, address):
         peer = await Peer.connect(address, timeout_s=2)
-        with peer.attached("r", lambda *_: None, 3):
+        with peer.attached("r", lambda *_: None, 3, computes=True):
             pass
         await until(lambda: Cancel("r") in handler.records)
         peer.close()
@@ -95,7 +95,7 @@ async def test_the_end_of_the_connection_fails_every_stream_at_once() -> None:
         peer = await Peer.connect(address, timeout_s=2)
         listening = asyncio.create_task(peer.listen())
         got: list[object] = []
-        with peer.attached("r", lambda _, record: got.append(record), 3):
+        with peer.attached("r", lambda _, record: got.append(record), 3, computes=True):
             await server.close()
             await until(lambda: got)
         assert isinstance(got[0], Failed)
@@ -108,7 +108,7 @@ async def test_what_was_dispatched_since_the_last_push_counts_until_the_next() -
     async with serving() as (handler, _, address):
         peer = await Peer.connect(address, timeout_s=2)
         listening = asyncio.create_task(peer.listen())
-        with peer.attached("r", lambda *_: None, 30):
+        with peer.attached("r", lambda *_: None, 30, computes=True):
             assert peer.view().unseen_tokens == 30
             handler.held = replace(IDLE, running=1)
             await until(lambda: peer.load.running == 1)
@@ -135,7 +135,7 @@ async def test_a_delisted_worker_keeps_the_streams_it_has() -> None:
         pools.update("decode", [address])
         await until(lambda: pools.of("decode"))
         peer, got = pools.of("decode")[0], list[object]()
-        with peer.attached("r", lambda _, record: got.append(record), 3):
+        with peer.attached("r", lambda _, record: got.append(record), 3, computes=True):
             pools.update("decode", [])
             peer.send(Decode(work()))
             await until(lambda: got)

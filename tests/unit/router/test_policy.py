@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from baton.messages import Load
-from router.policy import WorkerView, choose_decode, choose_prefill
+from router.policy import LOCAL_GAIN, MIXED_COST, WorkerView, choose_decode, choose_prefill, prefers_local
 
 
-def worker(name: str, *, unseen: tuple[int, int] = (0, 0), **held: int) -> WorkerView:
+def worker(name: str, *, unseen: tuple[int, int] = (0, 0), **held: float) -> WorkerView:
     fields = {
         "waiting": 0, "waiting_tokens": 0, "running": 0, "pages_used": 0, "pages_total": 100, "handoffs": 0,
         "buffer_bytes_used": 0, "buffer_bytes_total": 1, "buffer_bytes_quarantined": 0,
     }  # fmt: skip
-    return WorkerView(name, Load(**(fields | held)), *unseen)
+    return WorkerView(name, Load(**(fields | held)), *unseen, unseen[1])
 
 
 def test_no_workers_no_choice() -> None:
@@ -47,3 +47,39 @@ def test_decode_avoids_workers_without_pages_while_another_has_some() -> None:
 
 def test_decode_leaves_room_for_tokens_it_has_not_heard_of() -> None:
     assert choose_decode([worker("a", pages_used=98, unseen=(1, 30)), worker("b", running=9)], 16, 16) == "b"
+
+
+def test_an_idle_prefill_worker_gets_the_prompt_however_slow_it_is() -> None:
+    assert not prefers_local(worker("d", prompt_token_s=0.001), worker("p", prompt_token_s=0.1), 1000)
+
+
+def test_a_line_at_the_prefill_worker_that_is_much_longer_sends_the_prompt_to_decode() -> None:
+    busy = {"prompt_token_s": 0.003, "waiting_tokens": 1000}
+    decode = worker("d", prompt_token_s=0.006)
+    limit = LOCAL_GAIN * 0.006 / 0.003 * 500 - 500  # tokens in the line at which both are as good, gain included
+    assert not prefers_local(decode, worker("p", **busy | {"waiting_tokens": limit - 1}), 500)
+    assert prefers_local(decode, worker("p", **busy | {"waiting_tokens": limit + 1}), 500)
+
+
+def test_prompts_at_the_decode_worker_count_as_well() -> None:
+    line = worker("p", prompt_token_s=0.003, waiting_tokens=4000)
+    assert prefers_local(worker("d", prompt_token_s=0.003), line, 500)
+    assert not prefers_local(worker("d", prompt_token_s=0.003, waiting_tokens=4000), line, 500)
+    assert not prefers_local(worker("d", prompt_token_s=0.003, unseen=(8, 4000)), line, 500)
+
+
+def test_until_measured_a_prompt_token_beside_decodes_is_taken_for_a_dear_one() -> None:
+    line = worker("p", prompt_token_s=0.003, waiting_tokens=1000)
+    assert prefers_local(worker("d"), line, 400) == (LOCAL_GAIN * MIXED_COST * 400 < 1400)
+    assert prefers_local(worker("d"), line, 600) == (LOCAL_GAIN * MIXED_COST * 600 < 1600)
+    assert not prefers_local(worker("d"), worker("p", waiting_tokens=10**6), 1)  # nothing was measured anywhere
+
+
+def test_without_a_prefill_worker_decode_is_the_only_one() -> None:
+    assert prefers_local(worker("d"), None, 100)
+
+
+def test_pages_promised_to_a_handoff_are_no_prompt_tokens_to_compute() -> None:
+    view = WorkerView("d", worker("d").load, 1, 500, 0)
+    assert view.queued_tokens == 0
+    assert not view.fits(1600 - 499, 16)
