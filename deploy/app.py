@@ -171,8 +171,9 @@ class _WorkerReplica:
         # Before the model's threads and ranks start: they stay where their process is.
         self._cores = affinity.pin(_threads(config, pool) * pool.tensor_parallel) if pool.pin else None
         model, ranks = await on_own_thread(partial(_load, config, pool))
-        self._worker = self._worker_class(
-            model, config, worker_id=context.replica_id.unique_id, host=self._host, ranks=ranks
+        # It waits for the ranks and compiles what its kernels need, which the event loop must not.
+        self._worker = await asyncio.to_thread(
+            self._worker_class, model, config, worker_id=context.replica_id.unique_id, host=self._host, ranks=ranks
         )
         await self._worker.start()
 
@@ -203,8 +204,10 @@ class DecodeReplica(_WorkerReplica):
 def _load(config: Config, pool: PoolConfig) -> tuple[Model, Ranks | None]:
     """This process's model; the other ranks, if there are any, load theirs meanwhile."""
     folder, threads = _folder(config), _threads(config, pool)
-    ranks = start_ranks(folder, config.model.dtype, threads, pool)
-    return load_model(folder, config.model.dtype, threads, ranks.comm if ranks is not None else None), ranks
+    dtype, max_context = config.model.dtype, config.model.max_context
+    ranks = start_ranks(folder, dtype, threads, pool, max_context=max_context)
+    comm = ranks.comm if ranks is not None else None
+    return load_model(folder, dtype, threads, comm, max_context=max_context), ranks
 
 
 def _folder(config: Config) -> Path:

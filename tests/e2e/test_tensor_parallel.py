@@ -161,9 +161,9 @@ class House:
 async def house(folder: Path, config: Config) -> AsyncIterator[House]:
     workers: list[Any] = []
     model, ranks = await asyncio.to_thread(load, folder, config.prefill)
-    workers.append(PrefillWorker(model, config, worker_id="p", host=HOST, ranks=ranks))
+    workers.append(await asyncio.to_thread(PrefillWorker, model, config, worker_id="p", host=HOST, ranks=ranks))
     model, ranks = await asyncio.to_thread(load, folder, config.decode)
-    workers.append(DecodeWorker(model, config, worker_id="d", host=HOST, ranks=ranks))
+    workers.append(await asyncio.to_thread(DecodeWorker, model, config, worker_id="d", host=HOST, ranks=ranks))
     both = House(*workers)
     try:
         for worker in workers:
