@@ -47,7 +47,7 @@ MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
 Seed = Annotated[int | None, typer.Option(help="Makes the random draws repeatable.")]
-Codec = Annotated[str | None, typer.Option(help="raw, lossless, int8, int4-zstd ...: docs/codecs.md.")]
+Codec = Annotated[str | None, typer.Option(help="auto, raw, lossless, int8, int4-zstd ...: docs/codecs.md.")]
 System = Annotated[str | None, typer.Option(help="System message of the conversation.")]
 Timeout = Annotated[float, typer.Option(help="Seconds that one answer may take.")]
 
