@@ -1,7 +1,7 @@
 """The exporter's listening socket and the way in: TLS where configured, then a token that only this process gave out.
 
 address   msgpack [host, port, token, bytes exported, whether TLS]
-hello     16-byte token; a process that merely got the same port does not know it
+proof     of the token, both ways, which never crosses this connection itself: kvtransfer.transports.proof
 welcome   u64 bytes exported
 """
 
@@ -21,6 +21,7 @@ import msgpack
 
 from baton.config import TlsConfig
 from kvtransfer.transports import FetchLost
+from kvtransfer.transports.proof import MAC_BYTES, NONCE_BYTES, Proof, check, nonce
 from kvtransfer.transports.tls import server_context
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,12 @@ _SOCKET_BYTES = 4 << 20
 
 
 class DataPort:
-    """Calls ``serve(socket)`` on a thread of its own for every reader that knows the token; OSError from it ends that
-    reader only, and so does its return."""
+    """Calls ``serve(socket, proof)`` on a thread of its own for every reader that knows the token; OSError from it ends
+    that reader only, and so does its return."""
 
-    def __init__(self, serve: Callable[[socket.socket], None], *, exported: int, host: str, tls: TlsConfig) -> None:
+    def __init__(
+        self, serve: Callable[[socket.socket, Proof], None], *, exported: int, host: str, tls: TlsConfig
+    ) -> None:
         self._serve, self._exported = serve, exported
         self._context = server_context(tls) if tls.on else None
         self._token = secrets.token_bytes(_TOKEN_BYTES)
@@ -65,9 +68,9 @@ class DataPort:
 
     def _run(self, reader: socket.socket) -> None:
         try:
-            reader = self._welcome(reader)
+            reader, proof = self._welcome(reader)
             with contextlib.suppress(OSError):
-                self._serve(reader)
+                self._serve(reader, proof)
         except OSError as error:
             log.warning("kv export: a reader was refused: %s", error)
         finally:
@@ -75,8 +78,8 @@ class DataPort:
             with self._lock:
                 del self._readers[threading.current_thread()]
 
-    def _welcome(self, reader: socket.socket) -> socket.socket:
-        """The connection to a reader that proved itself; raises OSError."""
+    def _welcome(self, reader: socket.socket) -> tuple[socket.socket, Proof]:
+        """The connection to a reader that proved itself, and what its requests are checked with; raises OSError."""
         reader.settimeout(_HELLO_S)
         reader.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -87,13 +90,15 @@ class DataPort:
                 self._readers[threading.current_thread()] = reader  # the plain socket object is empty now
         with contextlib.ExitStack() as unless_welcome:
             unless_welcome.callback(reader.close)
-            if not secrets.compare_digest(receive(reader, _TOKEN_BYTES, None), self._token):
-                raise ConnectionRefusedError("it does not know the token")
+            ours = nonce()
+            reader.sendall(ours)
+            proof = Proof(self._token, ours, receive(reader, NONCE_BYTES, None))
+            check(receive(reader, MAC_BYTES, None), proof.of_reader, "its proof")
             if self._closed:
                 raise ConnectionAbortedError("the exporter closes")
-            reader.sendall(_WELCOME.pack(self._exported))
+            reader.sendall(proof.of_exporter + _WELCOME.pack(self._exported))
             unless_welcome.pop_all()
-        return reader
+        return reader, proof
 
     def close(self) -> None:
         with self._lock:
@@ -108,8 +113,11 @@ class DataPort:
             thread.join(timeout=_HELLO_S)
 
 
-def dial(address: bytes, *, transport: str, tls: ssl.SSLContext | None, deadline_s: float) -> tuple[socket.socket, int]:
-    """A connection to the :class:`DataPort` at ``address``, and how many bytes it exports; raises FetchLost."""
+def dial(
+    address: bytes, *, transport: str, tls: ssl.SSLContext | None, deadline_s: float
+) -> tuple[socket.socket, Proof, int]:
+    """A connection to the :class:`DataPort` at ``address``, what signs its requests, and how many bytes it exports;
+    raises FetchLost."""
     host, port, token, exported, encrypted = _parsed(address, transport)
     if encrypted != (tls is not None):
         theirs, ours = ("TLS", "plain tcp") if encrypted else ("plain tcp", "TLS")
@@ -124,14 +132,17 @@ def dial(address: bytes, *, transport: str, tls: ssl.SSLContext | None, deadline
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BYTES)
         if tls is not None:
             sock = tls.wrap_socket(sock)
-        sock.sendall(token)
+        exporter, reader = receive(sock, NONCE_BYTES, deadline), nonce()
+        proof = Proof(token, exporter, reader)
+        sock.sendall(reader + proof.of_reader)
+        check(receive(sock, MAC_BYTES, deadline), proof.of_exporter, "its proof")
         (welcome,) = _WELCOME.unpack(receive(sock, _WELCOME.size, deadline))
         if welcome != exported:
             raise ConnectionRefusedError(f"it exports {welcome} bytes, not {exported}")
     except OSError as error:
         sock.close()
         raise FetchLost(f"{host}:{port} did not welcome this worker: {error}") from None
-    return sock, exported
+    return sock, proof, exported
 
 
 def _parsed(address: bytes, transport: str) -> tuple[str, int, bytes, int, bool]:

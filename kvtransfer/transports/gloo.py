@@ -4,7 +4,7 @@ A group of two is formed for every pair of workers when the fetching one connect
 members never change, and when one dies the group is broken for good. A worker that comes back is a new connection and
 so a new group. Requests, refusals and the rendezvous travel on the connection; only the bytes go through the group.
 
-    request   u64 offset, u64 length, u32 ms until the fetcher gives up     answer   u64 length or 0: refused
+    request   u64 offset, u64 length, u32 ms until the fetcher gives up, MAC     answer   u64 length or 0: refused
 
 A fetch lands in memory of the source's own and is copied from there: the library promises nothing about a receive that
 timed out, so no landing range is ever given to it.
@@ -27,6 +27,7 @@ from baton.errors import ConfigError
 from kvtransfer.arena import HostMemory
 from kvtransfer.transports import FetchLost, check_range
 from kvtransfer.transports.data_port import DataPort, cut, dial, receive
+from kvtransfer.transports.proof import MAC_BYTES, Proof
 
 log = logging.getLogger(__name__)
 
@@ -98,13 +99,14 @@ class GlooExporter:
     def address(self) -> bytes:
         return self._port.address
 
-    def _serve(self, reader: socket.socket) -> None:
+    def _serve(self, reader: socket.socket, proof: Proof) -> None:
         try:
             reader.settimeout(_FORM_S)
             group = self._groups.form(reader, _EXPORTER, _FORM_S)
             while True:
                 reader.settimeout(None)
-                offset, nbytes, limit_ms = _REQUEST.unpack(receive(reader, _REQUEST.size, None))
+                request = receive(reader, _REQUEST.size + MAC_BYTES, None)
+                offset, nbytes, limit_ms = _REQUEST.unpack(proof.checked(request))
                 reader.settimeout(_MOST_SEND_S)
                 self._answer(reader, group, offset, nbytes, min(limit_ms / 1000, _MOST_SEND_S))
         except RuntimeError as error:
@@ -132,13 +134,13 @@ class GlooFetcher:
         self._groups = _Groups()
 
     def connect(self, address: bytes, deadline_s: float) -> GlooSource:
-        sock, exported = dial(address, transport="gloo", tls=None, deadline_s=deadline_s)
+        sock, proof, exported = dial(address, transport="gloo", tls=None, deadline_s=deadline_s)
         try:
             group = self._groups.form(sock, _FETCHER, deadline_s)
         except (OSError, RuntimeError) as error:
             sock.close()
             raise FetchLost(f"no gloo group of two: {error}") from None
-        return GlooSource(sock, group, self._memory, exported)
+        return GlooSource(sock, proof, group, self._memory, exported)
 
     def close(self) -> None:
         pass
@@ -148,8 +150,10 @@ class GlooSource:
     """``interrupt`` reaches a fetch under way only through the peer or through the fetch's own deadline: gloo cannot
     be told to stop waiting."""
 
-    def __init__(self, sock: socket.socket, group: dist.ProcessGroupGloo, landing: HostMemory, exported: int) -> None:
-        self._sock, self._landing, self._exported = sock, landing, exported
+    def __init__(
+        self, sock: socket.socket, proof: Proof, group: dist.ProcessGroupGloo, landing: HostMemory, exported: int
+    ) -> None:
+        self._sock, self._proof, self._landing, self._exported = sock, proof, landing, exported
         self._group: dist.ProcessGroupGloo | None = group
         self._room = torch.empty(0, dtype=torch.uint8)
 
@@ -158,7 +162,8 @@ class GlooSource:
         deadline = time.monotonic() + deadline_s
         try:
             self._sock.settimeout(deadline_s)
-            self._sock.sendall(_REQUEST.pack(offset, nbytes, min(int(deadline_s * 1000), 1 << 31)))
+            request = _REQUEST.pack(offset, nbytes, min(int(deadline_s * 1000), 1 << 31))
+            self._sock.sendall(self._proof.signed(request))
             if _ANSWER.unpack(receive(self._sock, _ANSWER.size, deadline))[0] != nbytes:
                 raise ConnectionResetError("the peer refused the range")
             for done in range(0, nbytes, _PIECE_BYTES):

@@ -6,7 +6,7 @@
     reader    every request with a MAC under a key of this connection, requests being numbered
 
 The token is part of the address, which crosses the control connection only. So nobody who overhears a data connection
-can open another one, and nobody who takes one over can ask it for other bytes.
+can open another one, and nobody who takes one over can ask it for other bytes (ADR 10).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import struct
 from hashlib import blake2b
 
 NONCE_BYTES = 16
-PROOF_BYTES = 16
 MAC_BYTES = 16
 _NUMBER = struct.Struct("<Q")
 
@@ -26,31 +25,35 @@ def nonce() -> bytes:
     return secrets.token_bytes(NONCE_BYTES)
 
 
-def reader_proof(token: bytes, exporter: bytes, reader: bytes) -> bytes:
-    """``exporter``, ``reader``: their nonces."""
-    return _mac(token, b"reader", exporter + reader)
-
-
-def exporter_proof(token: bytes, exporter: bytes, reader: bytes) -> bytes:
-    return _mac(token, b"exporter", exporter + reader)
-
-
-class Requests:
-    """The requests of one connection, at either end."""
+class Proof:
+    """What both ends of one connection derive from the token and from their two nonces."""
 
     def __init__(self, token: bytes, exporter: bytes, reader: bytes) -> None:
+        self.of_reader = _mac(token, b"reader", exporter + reader)
+        self.of_exporter = _mac(token, b"exporter", exporter + reader)
         self._key = _mac(token, b"requests", exporter + reader)
         self._number = 0
 
-    def mac(self, request: bytes) -> bytes:
-        """Of the next request."""
+    def signed(self, request: bytes) -> bytes:
+        """The next request as it goes on the wire: ``MAC_BYTES`` longer."""
+        return request + self._next(request)
+
+    def checked(self, signed: bytes) -> bytes:
+        """The request in ``signed``; raises OSError if it is not the next one of whoever holds the token."""
+        request, mac = signed[:-MAC_BYTES], signed[-MAC_BYTES:]
+        check(mac, self._next(request), "a request")
+        return request
+
+    def _next(self, request: bytes) -> bytes:
         number = _NUMBER.pack(self._number)
         self._number += 1
         return _mac(self._key, b"request", number + request)
 
-    def genuine(self, request: bytes, mac: bytes) -> bool:
-        """Whether ``request`` is the next one of whoever holds the token."""
-        return hmac.compare_digest(self.mac(request), mac)
+
+def check(mac: bytes, expected: bytes, what: str) -> None:
+    """Raises OSError if they differ."""
+    if not hmac.compare_digest(mac, expected):
+        raise ConnectionRefusedError(f"{what} was not made with the token")
 
 
 def _mac(key: bytes, use: bytes, data: bytes) -> bytes:

@@ -2,7 +2,7 @@
 into the landing memory. A fetch that is given up closes its socket, after which nothing can write the landing range: no
 quarantine is needed.
 
-    request   u64 offset, u64 length            answer   u64 length, then the bytes; length 0: refused
+    request   u64 offset, u64 length, MAC       answer   u64 length, then the bytes; length 0: refused
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from baton.config import TlsConfig
 from kvtransfer.arena import HostMemory
 from kvtransfer.transports import FetchLost, check_range
 from kvtransfer.transports.data_port import DataPort, cut, dial, receive, receive_into
+from kvtransfer.transports.proof import MAC_BYTES, Proof
 from kvtransfer.transports.tls import client_context
 
 _REQUEST = struct.Struct("<QQ")
@@ -33,12 +34,12 @@ class TcpExporter:
     def address(self) -> bytes:
         return self._port.address
 
-    def _serve(self, reader: socket.socket) -> None:
+    def _serve(self, reader: socket.socket, proof: Proof) -> None:
         while True:
             reader.settimeout(None)
-            request = receive(reader, _REQUEST.size, None)
+            request = receive(reader, _REQUEST.size + MAC_BYTES, None)
             reader.settimeout(_SEND_S)
-            self._answer(reader, *_REQUEST.unpack(request))
+            self._answer(reader, *_REQUEST.unpack(proof.checked(request)))
 
     def _answer(self, reader: socket.socket, offset: int, nbytes: int) -> None:
         if nbytes == 0 or offset + nbytes > self._memory.nbytes:
@@ -60,23 +61,23 @@ class TcpFetcher:
         self._tls = client_context(tls) if tls.on else None
 
     def connect(self, address: bytes, deadline_s: float) -> TcpSource:
-        sock, exported = dial(address, transport="tcp", tls=self._tls, deadline_s=deadline_s)
-        return TcpSource(sock, self._memory, exported)
+        sock, proof, exported = dial(address, transport="tcp", tls=self._tls, deadline_s=deadline_s)
+        return TcpSource(sock, proof, self._memory, exported)
 
     def close(self) -> None:
         pass
 
 
 class TcpSource:
-    def __init__(self, sock: socket.socket, landing: HostMemory, exported: int) -> None:
-        self._sock, self._landing, self._exported = sock, landing, exported
+    def __init__(self, sock: socket.socket, proof: Proof, landing: HostMemory, exported: int) -> None:
+        self._sock, self._proof, self._landing, self._exported = sock, proof, landing, exported
 
     def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> None:
         check_range(offset, nbytes, self._exported)
         deadline = time.monotonic() + deadline_s
         try:
             self._sock.settimeout(deadline_s)
-            self._sock.sendall(_REQUEST.pack(offset, nbytes))
+            self._sock.sendall(self._proof.signed(_REQUEST.pack(offset, nbytes)))
             if _ANSWER.unpack(receive(self._sock, _ANSWER.size, deadline))[0] != nbytes:
                 raise ConnectionResetError("the peer refused the range")
             receive_into(self._sock, self._landing.view(at, nbytes), deadline)

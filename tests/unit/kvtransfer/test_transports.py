@@ -16,7 +16,8 @@ from baton.config import TlsConfig
 from baton.errors import ConfigError
 from kvtransfer.arena import HostMemory
 from kvtransfer.transports import FetchLost, make_exporter, make_fetcher
-from kvtransfer.transports.data_port import receive
+from kvtransfer.transports.data_port import dial, receive
+from kvtransfer.transports.proof import Proof
 
 
 @pytest.fixture
@@ -92,7 +93,8 @@ def test_an_interrupted_or_orphaned_source_fetches_no_more(ends):
 @pytest.mark.parametrize(
     "address", [b"", b"\xc1", b"pigeon", msgpack.packb([1, 2]), msgpack.packb(["127.0.0.1", 0, b"t" * 16, 9, False]),
                 msgpack.packb(["127.0.0.1", 70000, b"t" * 16, 9, False]),
-                msgpack.packb(["127.0.0.1", 80, b"t", 9, False]), msgpack.packb(["127.0.0.1", 80, b"t" * 16, 9, 1]), msgpack.packb([None] * 5), msgpack.packb({"a": 1}),
+                msgpack.packb(["127.0.0.1", 80, b"t", 9, False]), msgpack.packb(["127.0.0.1", 80, b"t" * 16, 9, 1]),
+                msgpack.packb([None] * 5), msgpack.packb({"a": 1}),
                 msgpack.packb([0] * 100)],
 )  # fmt: skip
 @pytest.mark.parametrize("transport", ["tcp", "gloo"])
@@ -110,16 +112,18 @@ def test_a_process_that_merely_got_the_port_is_not_connected_to(tcp_ends, change
 
 
 def _serve(answer):
-    """A tcp exporter that welcomes whoever comes and reads one request, then sends ``answer`` and waits."""
+    """A tcp exporter that knows the token and reads one request, then sends ``answer`` and waits."""
     listener = socket.create_server(("127.0.0.1", 0))
     done = threading.Event()
 
     def run():
         peer, _ = listener.accept()
         with peer:
-            peer.recv(16, socket.MSG_WAITALL)
-            peer.sendall(struct.pack("<Q", 4096))
-            peer.recv(16, socket.MSG_WAITALL)
+            peer.sendall(bytes(16))
+            proof = Proof(b"t" * 16, bytes(16), receive(peer, 16, None))
+            receive(peer, 16, None)
+            peer.sendall(proof.of_exporter + struct.pack("<Q", 4096))
+            receive(peer, 32, None)
             peer.sendall(answer)
             done.wait(5)
 
@@ -151,13 +155,91 @@ def test_a_short_oversized_or_stalled_answer_is_lost_and_fenced(landing, answer)
     end()
 
 
+def _dialled(exporter, transport="tcp"):
+    sock, proof, _ = dial(exporter.address(), transport=transport, tls=None, deadline_s=2.0)
+    return sock, proof
+
+
 def test_an_exporter_refuses_ranges_that_a_fetcher_would_not_ask_for(plain_ends):
     exporter, _ = plain_ends
-    host, port, token, *_ = msgpack.unpackb(exporter.address())
     for offset, nbytes in ((4090, 7), (1 << 63, 1 << 63), (0, 0)):
-        with socket.create_connection((host, port), timeout=2) as sock:
-            sock.sendall(token + struct.pack("<QQ", offset, nbytes))
-            assert receive(sock, 16, None) == struct.pack("<QQ", 4096, 0)
+        sock, proof = _dialled(exporter)
+        with sock:
+            sock.sendall(proof.signed(struct.pack("<QQ", offset, nbytes)))
+            assert receive(sock, 8, None) == bytes(8)
+
+
+def test_the_token_never_crosses_the_data_connection_and_what_did_opens_no_other(plain_ends):
+    """Somebody overhears a whole conversation, and says it again."""
+    exporter, fetcher = plain_ends
+    host, port, token, exported, tls = msgpack.unpackb(exporter.address())
+    said = {"reader": b"", "exporter": b""}
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def relay():
+        near, _ = listener.accept()
+        with near, socket.create_connection((host, port)) as far:
+
+            def pass_on(source, target, name):
+                with contextlib.suppress(OSError):
+                    while data := source.recv(65536):
+                        said[name] += data
+                        target.sendall(data)
+
+            back = threading.Thread(target=pass_on, args=(far, near, "exporter"))
+            back.start()
+            pass_on(near, far, "reader")
+            far.shutdown(socket.SHUT_RDWR)
+            back.join()
+
+    thread = threading.Thread(target=relay)
+    thread.start()
+    source = fetcher.connect(msgpack.packb([host, listener.getsockname()[1], token, exported, tls]), 2.0)
+    source.fetch(0, 64, 0, 2.0)
+    source.close()
+    thread.join()
+    listener.close()
+    assert bytes(range(64)) in said["exporter"]  # without TLS, KV can be overheard
+    assert token not in said["reader"] + said["exporter"]
+    with socket.create_connection((host, port), timeout=2) as again:
+        again.sendall(said["reader"])
+        assert len(receive(again, 16, None)) == 16  # its challenge
+        with contextlib.suppress(ConnectionResetError):
+            assert again.recv(1) == b""
+
+
+@pytest.mark.parametrize("harm", ["unsigned", "other range", "repeated"])
+def test_a_request_that_the_reader_did_not_make_ends_the_connection(plain_ends, harm):
+    exporter, _ = plain_ends
+    sock, proof = _dialled(exporter)
+    with sock:
+        first = proof.signed(struct.pack("<QQ", 0, 8))
+        if harm == "repeated":
+            sock.sendall(first)
+            assert receive(sock, 16, None) == struct.pack("<Q", 8) + bytes(range(8))
+        forged = {"unsigned": first[:16] + bytes(16), "other range": struct.pack("<QQ", 64, 8) + first[16:]}
+        sock.sendall(forged.get(harm, first))
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+
+
+def test_an_exporter_that_does_not_know_the_token_is_not_read(landing):
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def pretend():
+        peer, _ = listener.accept()
+        with peer:
+            peer.sendall(bytes(16))
+            receive(peer, 32, None)
+            peer.sendall(bytes(16) + struct.pack("<Q", 4096))
+
+    thread = threading.Thread(target=pretend)
+    thread.start()
+    address = msgpack.packb(["127.0.0.1", listener.getsockname()[1], b"t" * 16, 4096, False])
+    with pytest.raises(FetchLost, match="proof was not made with the token"):
+        make_fetcher("tcp", landing, name="d", ucx_tls="").connect(address, 2.0)
+    thread.join()
+    listener.close()
 
 
 @pytest.mark.parametrize(
@@ -170,9 +252,10 @@ def test_a_group_that_is_not_formed_by_the_rules_is_given_up(landing, rendezvous
     """The exporting member drops whoever floods it, and one that is silent when the time for forming is over."""
     monkeypatch.setattr("kvtransfer.transports.gloo._FORM_S", 1.0)
     exporter = _exporter("gloo", TlsConfig())
-    host, port, token, *_ = msgpack.unpackb(exporter.address())
-    with socket.create_connection((host, port), timeout=8) as sock:
-        sock.sendall(token + rendezvous)
+    sock, _ = _dialled(exporter, "gloo")
+    with sock:
+        sock.settimeout(8)
+        sock.sendall(rendezvous)
         with contextlib.suppress(ConnectionResetError):
             while sock.recv(4096):
                 pass
