@@ -69,8 +69,7 @@ def _run(*command: str) -> None:
 class RawSink:
     """Receives with ``recv_into`` at ``host`` what one connection sends: the link's rate as a plain socket sees it."""
 
-    def __init__(self, nbytes: int, *, host: str = NEAR) -> None:
-        self._nbytes = nbytes
+    def __init__(self, host: str = NEAR) -> None:
         self._listener = socket.create_server((host, 0))
         self.port = int(self._listener.getsockname()[1])
         self.gb_per_s = 0.0
@@ -89,7 +88,7 @@ class RawSink:
         with stream:
             got = stream.recv_into(room)
             begun_s, total = time.monotonic(), 0
-            while got and total < self._nbytes:
+            while got:  # until the sender closes
                 got = stream.recv_into(room)
                 total += got
         self.gb_per_s = total / (time.monotonic() - begun_s) / 1e9

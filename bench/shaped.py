@@ -91,7 +91,7 @@ class Bench:
         if self._link is None:
             raise RuntimeError("there is no link to shape")
         self._link.shape(gbit_per_s)
-        sink = RawSink(RAW_SOCKET_BYTES)
+        sink = RawSink()
         self._send.call("blast", NEAR, sink.port, RAW_SOCKET_BYTES)
         return sink.result()
 

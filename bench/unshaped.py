@@ -90,7 +90,7 @@ def socket_rate(prompt: Prompt, repeats: int) -> float:
         config = HandoffConfig(transport="tcp")
         send.call("start", prompt.layout, config, worker_id="p", generation="g", tokens=2048)
         for _ in range(repeats):
-            sink = RawSink(nbytes, host=LOCAL)
+            sink = RawSink(LOCAL)
             send.call("blast", LOCAL, sink.port, nbytes)
             rates.append(sink.result())
     return statistics.median(rates)
