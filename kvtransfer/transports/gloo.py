@@ -17,10 +17,12 @@ import socket
 import struct
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from baton.config import TlsConfig
 from baton.errors import ConfigError
@@ -41,7 +43,7 @@ _MOST_SEND_S = 60.0
 _PIECE_BYTES = 4 << 20  # most bytes in one message, and what a source keeps to receive them
 
 
-class _Rendezvous(dist.Store):
+class _Rendezvous(Store):
     """What two members of a group tell each other to form it, over their connection: no store is left listening."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
@@ -68,24 +70,32 @@ class _Rendezvous(dist.Store):
             self.get(key)
 
 
+class _Group(Protocol):
+    """What is used of ``ProcessGroupGloo``, whose annotations lack it."""
+
+    def send(self, tensors: list[Tensor], to: int, tag: int) -> dist.Work: ...
+    def recv(self, tensors: list[Tensor], source: int, tag: int) -> dist.Work: ...
+
+
 class _Groups:
     """Forms groups of two; those of one local address share one listening socket and one thread of gloo's."""
 
     def __init__(self) -> None:
-        if not dist.is_available() or not dist.is_gloo_available():
+        if not dist.is_gloo_available():
             raise ConfigError("this torch has no gloo; choose tcp", field="handoff.transport")
         self._devices: dict[str, Any] = {}
 
-    def form(self, sock: socket.socket, rank: int, deadline_s: float) -> dist.ProcessGroupGloo:
+    def form(self, sock: socket.socket, rank: int, deadline_s: float) -> _Group:
         """Raises OSError or RuntimeError when the other member is not there or does not keep to the rendezvous."""
         host = str(sock.getsockname()[0])
         device = self._devices.get(host)
         if device is None:
             device = self._devices[host] = dist.ProcessGroupGloo.create_device(hostname=host)
-        options = dist.ProcessGroupGloo._Options()
+        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=deadline_s)
         options._devices = [device]
-        return dist.ProcessGroupGloo(_Rendezvous(sock, time.monotonic() + deadline_s), rank, 2, options)
+        group: Any = dist.ProcessGroupGloo(_Rendezvous(sock, time.monotonic() + deadline_s), rank, 2, options)
+        return cast(_Group, group)
 
 
 class GlooExporter:
@@ -112,9 +122,7 @@ class GlooExporter:
         except RuntimeError as error:
             log.info("kv export: a gloo group of two is broken: %s", error)
 
-    def _answer(
-        self, reader: socket.socket, group: dist.ProcessGroupGloo, offset: int, nbytes: int, limit_s: float
-    ) -> None:
+    def _answer(self, reader: socket.socket, group: _Group, offset: int, nbytes: int, limit_s: float) -> None:
         if nbytes == 0 or limit_s <= 0 or offset + nbytes > self._memory.nbytes:
             reader.sendall(_ANSWER.pack(0))
             return
@@ -150,11 +158,9 @@ class GlooSource:
     """``interrupt`` reaches a fetch under way only through the peer or through the fetch's own deadline: gloo cannot
     be told to stop waiting."""
 
-    def __init__(
-        self, sock: socket.socket, proof: Proof, group: dist.ProcessGroupGloo, landing: HostMemory, exported: int
-    ) -> None:
+    def __init__(self, sock: socket.socket, proof: Proof, group: _Group, landing: HostMemory, exported: int) -> None:
         self._sock, self._proof, self._landing, self._exported = sock, proof, landing, exported
-        self._group: dist.ProcessGroupGloo | None = group
+        self._group: _Group | None = group
         self._room = torch.empty(0, dtype=torch.uint8)
 
     def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> None:
