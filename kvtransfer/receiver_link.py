@@ -109,7 +109,10 @@ class ReceiverLink:
             self._send(Refused(reason))
             await self._stream.close()
             return None
-        log.info("%s receives %s from %s over %s", ground.worker_id, attach.dtype, attach.worker_id, ground.transport)
+        log.info(
+            "%s receives %s from %s over %s: %s",
+            ground.worker_id, attach.dtype, attach.worker_id, ground.transport, source.carrier(),
+        )  # fmt: skip
         self._wire = ground.wires[attach.dtype]
         puller = Puller(
             source, ground.pool, ground.lander, self._wire.layout, stall_s=ground.stall_s, name=attach.worker_id,
