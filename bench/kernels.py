@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from baton.request import Sampling
 from bench import report
 from engine.kernels import activation, aot, norm, reference, rope, sampling
-from engine.kernels.codec import PagedKernels
+from engine.kernels.codec import Arrays, Grid, PagedKernels
 from engine.kernels.paged_decode import choose_splits, paged_decode, workspace_elements
 from engine.kernels.paged_prefill import paged_prefill
 from kvtransfer.codecs.quantised import LADDER
@@ -209,7 +209,7 @@ def codec_rows(device: torch.device, bandwidth: float) -> Iterator[Row]:
     layer, slots = normal(2 * tokens, 2 * KV_HEADS, HEAD_DIM, device=device), torch.randperm(2 * tokens, device=device)
     slots = slots[:tokens].contiguous()
     for name, level in LADDER.items():
-        halves: list[tuple[object, ...]] = []
+        halves: list[tuple[Tensor, Tensor, Grid, Arrays]] = []
         for rows, grid in zip(layer.chunk(2, dim=1), (level.keys, level.values), strict=True):
             size = tokens, KV_HEADS, HEAD_DIM
             scales = torch.empty(grid.groups(*size), dtype=torch.int16, device=device)
@@ -222,7 +222,7 @@ def codec_rows(device: torch.device, bandwidth: float) -> Iterator[Row]:
             yield Row(f"codec {name} {verb}, {tokens} tokens", seconds, moved, moved / seconds / bandwidth, None)
 
 
-def _each(act: Callable[..., None], halves: list[tuple[object, ...]]) -> None:
+def _each(act: Callable[..., None], halves: list[tuple[Tensor, Tensor, Grid, Arrays]]) -> None:
     for half in halves:
         act(*half)
 

@@ -270,7 +270,7 @@ def _centre(grid: Grid) -> float:
 
 def _rows(head_dim: int, width: int = 8) -> int:
     """Rows of ``head_dim`` bytes that make a program of 2,048 values."""
-    return max(1, 256 * width // triton.next_power_of_2(head_dim))
+    return max(1, 256 * width // int(triton.next_power_of_2(head_dim)))
 
 
 def _specialisation(name: str, fn: Any, dtype: str, constants: dict[str, object]) -> Specialisation:
@@ -287,7 +287,7 @@ def _specialisation(name: str, fn: Any, dtype: str, constants: dict[str, object]
 
 def _forms() -> list[tuple[str, Any, dict[str, object]]]:
     """Names, kernels and constants of the ladder's grids, for heads of 128."""
-    by_token = {"GROUP": 64, "CHANNELWISE": False, "E4M3": False, "COLUMNS": 128}
+    by_token: dict[str, object] = {"GROUP": 64, "CHANNELWISE": False, "E4M3": False, "COLUMNS": 128}
     by_channel = by_token | {"GROUP": 128, "CHANNELWISE": True}
     forms: list[tuple[str, Any, dict[str, object]]] = [
         ("token_scales", _token_scales, {"TOKENS": TOKENS_BLOCK, "GROUP_BLOCK": 64}),

@@ -50,8 +50,9 @@ class Kernels(Protocol):
 
 
 class PagedCodec(Protocol):
-    """layer: [cache rows, 2 * kv_heads, head_dim], K heads first; slots: [count] int64, the tokens' rows; both on the
-    device. ``before`` and ``after`` as for :class:`kvtransfer.codecs.Codec`. Both methods raise :class:`CodecError`."""
+    """layer: [cache rows, 2 * kv_heads, head_dim] in the layout's dtype, K heads first; slots: [count] int64, the
+    tokens' rows; both on the device. ``before`` and ``after`` as for :class:`kvtransfer.codecs.Codec`. Both methods
+    raise :class:`CodecError`."""
 
     name: str
 
@@ -158,8 +159,8 @@ class PagedQuantised:
         middle, scales_at = slots[kept.first : count - kept.last], end
         if len(middle):
             parts, end = self._parts(block, len(middle), end)
-            for half, grid, part in zip(halves, self._grids, parts, strict=True):
-                self._kernels.quantise(half, middle, grid, part)
+            for half, grid, arrays in zip(halves, self._grids, parts, strict=True):
+                self._kernels.quantise(half, middle, grid, arrays)
         _out(block[:end], into)
         if self._host.ends.any:
             HEAD.pack_into(into, 0, kept.first, kept.last)
