@@ -313,7 +313,7 @@ class Worker(_message.Message):
     def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., generation: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., load_age_s: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting", "waiting_tokens", "running", "pages_used", "pages_total", "handoffs", "buffer_bytes_used", "buffer_bytes_total", "buffer_bytes_quarantined", "pages_high_water", "pages_cached")
+    __slots__ = ("waiting", "waiting_tokens", "running", "pages_used", "pages_total", "handoffs", "buffer_bytes_used", "buffer_bytes_total", "buffer_bytes_quarantined", "pages_high_water", "pages_cached", "prompt_token_s")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -325,6 +325,7 @@ class Load(_message.Message):
     BUFFER_BYTES_QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     PAGES_HIGH_WATER_FIELD_NUMBER: _ClassVar[int]
     PAGES_CACHED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     waiting_tokens: int
     running: int
@@ -336,7 +337,8 @@ class Load(_message.Message):
     buffer_bytes_quarantined: int
     pages_high_water: int
     pages_cached: int
-    def __init__(self, waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., handoffs: _Optional[int] = ..., buffer_bytes_used: _Optional[int] = ..., buffer_bytes_total: _Optional[int] = ..., buffer_bytes_quarantined: _Optional[int] = ..., pages_high_water: _Optional[int] = ..., pages_cached: _Optional[int] = ...) -> None: ...
+    prompt_token_s: float
+    def __init__(self, waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., handoffs: _Optional[int] = ..., buffer_bytes_used: _Optional[int] = ..., buffer_bytes_total: _Optional[int] = ..., buffer_bytes_quarantined: _Optional[int] = ..., pages_high_water: _Optional[int] = ..., pages_cached: _Optional[int] = ..., prompt_token_s: _Optional[float] = ...) -> None: ...
 
 class RouterStatus(_message.Message):
     __slots__ = ("id", "inflight", "accepted", "refused", "completed", "failed", "cancelled", "tokens")

@@ -83,7 +83,10 @@ def test_every_field_value_and_method_is_documented() -> None:
 
 def test_status_carries_the_whole_load() -> None:
     assert [field.name for field in pb.Load.DESCRIPTOR.fields] == [field.name for field in dataclasses.fields(Load)]
-    assert {field.type for field in pb.Load.DESCRIPTOR.fields} == {FieldDescriptor.TYPE_INT64}
+    seconds = {field.name for field in pb.Load.DESCRIPTOR.fields if field.type == FieldDescriptor.TYPE_DOUBLE}
+    assert seconds == {name for name in Load.__annotations__ if name.endswith("_s")}
+    counts = [field for field in pb.Load.DESCRIPTOR.fields if field.name not in seconds]
+    assert {field.type for field in counts} == {FieldDescriptor.TYPE_INT64}
 
 
 def test_the_ledgers_stages_are_those_documented() -> None:
