@@ -57,7 +57,13 @@ def test_descriptors_have_the_contracts_names() -> None:
     assert pb.DESCRIPTOR.name == "baton/v1/inference.proto"
     assert pb.DESCRIPTOR.package == "baton.v1"
     service = pb.DESCRIPTOR.services_by_name["Inference"]
-    assert [method.name for method in service.methods] == ["Generate", "Tokenize", "Detokenize", "ListModels", "GetStatus"]
+    assert [method.name for method in service.methods] == [
+        "Generate",
+        "Tokenize",
+        "Detokenize",
+        "ListModels",
+        "GetStatus",
+    ]
     assert [method.server_streaming for method in service.methods] == [True, False, False, False, False]
     assert inference_pb2_grpc.InferenceStub
 
