@@ -188,8 +188,8 @@ class Encoder:
         return Job(feed, span, codec, region, now)
 
     def _choose(self, feed: Feed, span: Span, region: Region, now: float) -> str:
-        active = list(islice(self._waiting, _MOST_COUNTED))  # includes this feed
-        load = Load(encode=len(active), wire=sum(other.peer == feed.peer for other in active))
+        active = list(islice(self._waiting, _MOST_COUNTED))  # this feed among them, unless it is a later one
+        load = Load(encode=len(active), wire=max(1, sum(other.peer == feed.peer for other in active)))
         backlog_bytes = self._held[feed.peer] - region.nbytes
         ahead = feed.ahead(span, self._layout, backlog_bytes=backlog_bytes, now=now)
         choice = feed.route.choose(feed.allowed, ahead, load)
