@@ -26,7 +26,7 @@ CODECS: tuple[str, ...] = get_args(CodecName)
 EXACT_CODECS: frozenset[str] = frozenset(("raw", "lossless"))  # what lands is what was sent, to the last bit
 TRANSPORTS: tuple[str, ...] = get_args(TransportName)
 FLOORS: tuple[str, ...] = get_args(QualityFloor)
-# How far down the floors each codec lies: compressing losslessly what was quantised costs no quality.
+# How far down the floors each codec lies: an entropy coded one is at least as good as the plain one of its name.
 LOSS: dict[str, int] = {
     codec: 0 if codec in ("raw", "lossless") else FLOORS.index(codec.removesuffix("-zstd")) for codec in CODECS
 }

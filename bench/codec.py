@@ -174,8 +174,8 @@ class Bench:
         return score, decoded
 
 
-def measure(model: Model, text: Sequence[int], plan: Plan, parts: Path, stop_at_s: float) -> dict[str, Any] | None:
-    """Results of every level; None when ``stop_at_s`` (of the process's clock) came first.
+def measure(model: Model, text: Sequence[int], plan: Plan, parts: Path, stop_at_s: float) -> dict[str, Any]:
+    """Results of every level over the segments that are finished when ``stop_at_s`` (of the process's clock) comes.
 
     Every finished segment is kept in ``parts``, where the next run finds it.
     """
@@ -185,14 +185,14 @@ def measure(model: Model, text: Sequence[int], plan: Plan, parts: Path, stop_at_
         kept = parts / f"{plan.prefix}-{plan.scored}-{index}-of-{plan.segments}.json"
         if not kept.exists():
             if time.monotonic() > stop_at_s:
-                return None
+                continue
             bench = bench or Bench(model, text, plan)
             scores = bench.segment(index * spare // max(1, plan.segments - 1))
             kept.write_text(json.dumps({level: asdict(score) for level, score in scores.items()}), encoding="utf-8")
             print(f"prefix {plan.prefix}: segment {index + 1} of {plan.segments}", flush=True)
         for level, score in json.loads(kept.read_text(encoding="utf-8")).items():
             totals[level].add(Score(**score))
-    return {level: total.result() for level, total in totals.items()}
+    return {level: total.result() for level, total in totals.items() if total.tokens}
 
 
 def time_s(codec: Codec, keys: Tensor, values: Tensor) -> tuple[float, float]:
@@ -262,11 +262,8 @@ def quality(
     parts.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {}
     for plan in (Plan(768, scored, short), Plan(4096, scored, long)):
-        if not plan.segments:
-            continue
-        if (found := measure(model, text, plan, parts, stop_at_s)) is None:
-            raise typer.Exit(3)  # not finished: run it again
-        result[str(plan.prefix)] = found
+        if found := measure(model, text, plan, parts, stop_at_s):
+            result[str(plan.prefix)] = found
     draw(result, report.save("codec-quality", result).with_suffix(".png"))
     for prefix, rungs in result.items():
         for level, one in rungs.items():
