@@ -81,7 +81,7 @@ async def send(ticket, transport, key):
     return outcome
 
 
-@pytest.mark.parametrize("transport", ["loopback", "tcp", "nixl"])
+@pytest.mark.parametrize("transport", ["loopback", "tcp"])
 async def test_members_hand_over_exactly(transport):
     async with receiving(transport) as (receiver, guard, ticket, written):
         assert isinstance(await send(ticket, transport, KEY), Landed)
@@ -156,7 +156,7 @@ class Member:
 
     async def begin(self):
         stream = await FrameStream.connect("127.0.0.1", self.receiver.port, CONTROL, timeout_s=2.0, key=KEY)
-        stream.send(Attach(PROTOCOL, "x", "gx", "gd", LAYOUT.fingerprint, "loopback", self.exporter.address()))
+        stream.send(Attach(PROTOCOL, "x", "gx", "gd", LAYOUT.family, LAYOUT.dtype, "loopback", self.exporter.address()))
         while not isinstance(answer := await stream.receive(), Welcome):
             assert isinstance(answer, Alive), answer
         stream.send(Begin("r", 1, TOKENS, "raw"))
