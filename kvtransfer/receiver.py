@@ -52,7 +52,7 @@ class Receiver:
         self._worker_id, self._generation = worker_id, generation
         self._guard = guard or Guard()
         self._pool = BufferPool(config.landing_bytes)
-        self._wires = {dtype: Wire(replace(layout, dtype=dtype)) for dtype in DTYPES}
+        self._wires: dict[str, Wire] = {dtype: Wire(replace(layout, dtype=dtype)) for dtype in DTYPES}
         self._block_bytes = max(wire.largest_block for wire in self._wires.values())
         self._intakes = Intakes(layout, Limits(config.lease_s, config.stall_s))
         self._links: dict[ReceiverLink, asyncio.Task[None]] = {}
