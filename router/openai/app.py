@@ -16,7 +16,7 @@ from contextlib import aclosing
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -228,7 +228,10 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        body = None if self._kind is None else await read(request, self._kind, max_bytes=self._max_bytes)
+        try:
+            body = None if self._kind is None else await read(request, self._kind, max_bytes=self._max_bytes)
+        except ClientDisconnect:
+            return  # in the middle of its body: nothing was begun, and nobody is there to answer
 
         async def answer() -> None:
             response = await self._handler(request, body)

@@ -34,6 +34,7 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: Annotated[bool, Field(description="Ends the stream with an event that has the usage.")] | None = None
     include_obfuscation: Ignored
+    continuous_usage_stats: Ignored
 
 
 class BatonOptions(Body):
@@ -73,6 +74,7 @@ class SamplingBody(Body):
     min_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: bool | None = None
+    use_beam_search: Annotated[bool, Field(description="Must be false.")] | None = None
     baton: BatonOptions | None = None
     # Of OpenAI, without effect on the output:
     user: Annotated[str, Field(description="Accepted and ignored.")] | None = None
@@ -121,7 +123,7 @@ class ChatRequest(SamplingBody):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32, description="As max_tokens; not both.")] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32, description="Newer name of max_tokens.")] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS, description="Needs logprobs.")] | None = None
     response_format: TextFormat | None = None

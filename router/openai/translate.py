@@ -36,8 +36,8 @@ class Job:
 def chat(body: ChatRequest, request_id: str) -> Job:
     """Raises :class:`HttpError` where fields contradict each other."""
     _check(body)
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise HttpError(400, "max_tokens: is another name of max_completion_tokens; set one", param="max_tokens")
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise HttpError(400, "max_tokens: is another name of max_completion_tokens, which differs", param="max_tokens")
     sampling = _sampling(body)
     if body.max_completion_tokens is not None:
         sampling.max_tokens = body.max_completion_tokens
@@ -106,6 +106,10 @@ def conversation(messages: list[ChatMessage]) -> pb.Chat:
 
 
 def _check(body: SamplingBody) -> None:
+    if body.use_beam_search:
+        raise HttpError(
+            400, "use_beam_search is not supported here.", param="use_beam_search", code="unsupported_parameter"
+        )
     if body.stream_options is not None and not body.stream:
         raise HttpError(400, "stream_options: needs stream", param="stream_options")
 
