@@ -109,6 +109,6 @@ def build_engine(
         observer=observer,
         ranks=ranks,
     )
-    if model.device.type == "cuda" and ranks is None:
+    if model.device.type == "cuda":
         engine.warm_up(pool.max_running if observer is None else 0)  # who has an observer decodes nothing
     return engine

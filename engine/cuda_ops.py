@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from engine.attention import Span
 from engine.kernels import activation, norm, rope
-from engine.kernels.paged_decode import choose_splits, paged_decode
+from engine.kernels.paged_decode import choose_splits, contexts_of_all_kernels, paged_decode
 from engine.kernels.paged_prefill import paged_prefill
 from engine.ops import Linear
 
@@ -101,6 +101,10 @@ class CudaOps:
         packed = torch.tensor(flat, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         packed = packed.to(self._device, non_blocking=True)
         return [packed[place] for place in places]
+
+    def contexts_to_compile(self, kv_heads: int, longest: int) -> tuple[int, ...]:
+        """As :func:`engine.kernels.paged_decode.contexts_of_all_kernels`, for this GPU."""
+        return contexts_of_all_kernels(kv_heads, longest, self._processors)
 
     def attend(self, plan: CudaPlan, qkv: Tensor, layer: Tensor, window: int | None) -> Tensor:
         kv_heads, head_dim = layer.shape[1] // 2, layer.shape[2]

@@ -116,8 +116,15 @@ class Engine:
         self.blocked = False  # the last step found work but could run none: it waits for pages that others hold
 
     def warm_up(self, largest: int) -> None:
-        """As :meth:`engine.runner.Runner.warm_up`, sampling included; before the first step."""
-        sample(self._runner.warm_up(largest), [Row(Sampling(), 0)])
+        """Before the first step, on CUDA: compiles every rank's kernels, and captures decodes of up to ``largest``.
+
+        0 captures none. Nor do several ranks: their sums in captured graphs have not been tried on GPUs yet.
+        """
+        for step in self._runner.warm_up_steps():
+            logits = self._run(step)
+        if largest and self._ranks is None:
+            self._runner.capture(largest)
+        sample(logits, [Row(Sampling(), 0)])
 
     def add(self, work: Work, *, prefill_only: bool = False) -> None:
         """Queues ``work``. A prefill_only sequence yields its first token and then holds its pages until released.
@@ -275,9 +282,12 @@ class Engine:
             copied=tuple(source for source, _ in copies),
             copies=tuple(target for _, target in copies),
         )
+        return self._run(step, self._announcement(ordered))
+
+    def _run(self, step: Step, layer_written: Callable[[int], None] | None = None) -> torch.Tensor:
         if self._ranks is not None:
             self._ranks.send(step)
-        return self._runner.run(step, self._announcement(ordered))
+        return self._runner.run(step, layer_written)
 
     def _announcement(self, ordered: Sequence[Slice]) -> Callable[[int], None] | None:
         observer = self._observer

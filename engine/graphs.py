@@ -87,7 +87,7 @@ class DecodeGraphs:
         largest = min(largest, LARGEST)
         self._model, self._cache = model, cache
         self._sizes = batch_sizes(largest)
-        context = min(model.spec.max_context, cache.layers[0].shape[0])  # tokens
+        context = min(model.max_context, cache.layers[0].shape[0])  # tokens
         pages = -(-context // cache.page_tokens)
         self._inputs = Inputs(largest, pages + -pages % ALIGNED, cache.page_tokens, model.device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}

@@ -38,19 +38,26 @@ class Runner:
         self._model, self._cache = model, cache
         self._graphs: DecodeGraphs | None = None
 
-    def warm_up(self, largest: int) -> torch.Tensor:
-        """Compiles the kernels of a prompt, before the first one comes; on CUDA only. Returns some logits [1, vocab].
+    def warm_up_steps(self) -> list[Step]:
+        """Steps that compile every kernel a later one can need, on CUDA: a prompt, and decodes of some contexts.
 
-        From then on a step of at most ``largest`` decodes and nothing else is one launch; 0 captures none.
+        They use page 0 alone; whoever gets it writes it before reading it.
         """
+        from engine.cuda_ops import CudaOps  # Triton, which only CUDA needs
+
+        ops, page_tokens, room = self._model.ops, self._cache.page_tokens, self._cache.layers[0].shape[0]
+        assert isinstance(ops, CudaOps), "nothing else compiles kernels as it goes"
+        contexts = ops.contexts_to_compile(self._model.kv_heads, min(self._model.max_context, room))
+        decodes = [Span(context - 1, 1, (0,) * -(-context // page_tokens)) for context in contexts]
+        return [Step((0,), (0,), (Span(0, 1, (0,)),), 0), *(Step((0,), (0,), (span,), 1) for span in decodes)]
+
+    def capture(self, largest: int) -> None:
+        """From then on a step of at most ``largest`` decodes and nothing else is one launch, on CUDA."""
         from engine.graphs import DecodeGraphs  # Triton, which only CUDA needs
 
-        logits = self.run(Step((0,), (0,), (Span(0, 1, (0,)),), 0))  # whoever gets page 0 writes it before reading it
-        if largest:
-            graphs = DecodeGraphs(self._model, self._cache, largest)
-            graphs.capture(lambda done, total: log.info("captured %d of %d CUDA graphs", done, total))
-            self._graphs = graphs
-        return logits
+        graphs = DecodeGraphs(self._model, self._cache, largest)
+        graphs.capture(lambda done, total: log.info("captured %d of %d CUDA graphs", done, total))
+        self._graphs = graphs
 
     def run(self, step: Step, layer_written: Callable[[int], None] | None = None) -> torch.Tensor:
         """Logits [wanted rows, vocab] on rank 0; the step's KV is in the pages afterwards."""

@@ -6,6 +6,7 @@ Heavy modules are imported by the fixtures that need them, so that tests of pure
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,17 @@ if not Path("/dev/nvidiactl").exists():
 
 if TYPE_CHECKING:
     from engine.text import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """Path of the C++ compiler that the kernels are built with; without one, what needs them is skipped by name."""
+    from baton.native import COMPILERS
+
+    found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no C++ compiler ({' or '.join(COMPILERS)}): compiled code is NOT tested here")
+    return found
 
 
 @pytest.fixture(scope="session")

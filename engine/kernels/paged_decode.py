@@ -144,6 +144,17 @@ def choose_splits(sequences: int, kv_heads: int, context: int, processors: int) 
     return max(1, min(wanted, -(-context // SPLIT_TOKENS), MAX_SPLITS))
 
 
+def contexts_of_all_kernels(kv_heads: int, longest: int, processors: int) -> tuple[int, ...]:
+    """Contexts, in tokens, of lone decodes that need between them every kernel that decodes of at most ``longest``
+    tokens can, however many they are. Pure.
+
+    The merge is compiled for each power of two of splits, and a lone decode is split most.
+    """
+    most = choose_splits(1, kv_heads, longest, processors)
+    powers = [1 << power for power in range(most.bit_length())]
+    return tuple((splits - 1) * SPLIT_TOKENS + 1 for splits in sorted({*powers, most}))
+
+
 def workspace_elements(sequences: int, heads: int, head_dim: int, splits: int) -> int:
     """float32 elements that :func:`paged_decode` needs to work in; 0 for one split."""
     return sequences * heads * splits * (head_dim + 1) if splits > 1 else 0

@@ -9,6 +9,7 @@ from baton import native
 FLAGS = ("-O1",)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_source_is_compiled_once_and_again_when_it_changes(tmp_path):
     source, cache = tmp_path / "seven.cpp", tmp_path / "cache"
     source.write_text('extern "C" int seven() { return 7; }')
@@ -22,6 +23,7 @@ def test_a_source_is_compiled_once_and_again_when_it_changes(tmp_path):
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
+@pytest.mark.usefixtures("compiler")
 def test_what_the_compiler_says_is_in_the_error(tmp_path):
     source = tmp_path / "wrong.cpp"
     source.write_text("int seven( {")
@@ -29,6 +31,7 @@ def test_what_the_compiler_says_is_in_the_error(tmp_path):
         native.library(source, FLAGS, cache=tmp_path / "cache")
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_missing_compiler_and_a_bad_cache_are_build_errors(tmp_path):
     source = tmp_path / "seven.cpp"
     source.write_text("")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 6, 2, 16, 8
 LENGTH = 300
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one-thread", "two-threads"])
 def ops(request: pytest.FixtureRequest) -> NativeOps:

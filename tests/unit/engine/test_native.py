@@ -33,6 +33,8 @@ SHAPES = {  # heads, kv_heads, head_dim, page_tokens
     "wide": (2, 1, 256, 7),
 }
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one-thread", "three-threads"])
 def native(request: pytest.FixtureRequest) -> NativeOps:

@@ -7,15 +7,23 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from baton import native
+from engine.build import load_model
+from engine.model import Model
 from engine.native import build, ops
 from engine.native.library import Library
+from engine.ops import TorchOps
+
+if TYPE_CHECKING:
+    from tests.unit.engine.conftest import Harness
 
 
+@pytest.mark.usefixtures("compiler")
 def test_found_again_without_a_compiler_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build.library(tmp_path)
     monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled twice"))
@@ -24,6 +32,7 @@ def test_found_again_without_a_compiler_run(tmp_path: Path, monkeypatch: pytest.
     assert Library(first).panel % 8 == 0
 
 
+@pytest.mark.usefixtures("compiler")
 def test_workers_that_start_at_once_build_once(tmp_path: Path) -> None:
     code = (
         "import logging, pathlib, sys; logging.basicConfig(level=logging.INFO); from engine.native import build; "
@@ -63,6 +72,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         build.library(tmp_path / "cache")
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_cache_below_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(build.BuildError, match="cannot build in"):
@@ -80,9 +90,23 @@ def test_without_a_library_torch_computes_and_the_log_says_why(
     assert "install one" in caplog.text
 
 
+@pytest.mark.usefixtures("compiler")
 def test_threads_come_from_torchs_own_runtime() -> None:
     """One OpenMP runtime in the process: a second one would start threads that fight with torch's for the cores."""
     Library(build.library())
     torch.ones(1)
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) <= 1
+
+
+def test_without_a_compiler_a_model_still_generates_and_the_log_says_why(
+    tiny_folder: Path, tiny: Model, harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = harness.work("r", harness.prompt(20))
+    expected = harness.alone(tiny, work)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    model = load_model(tiny_folder, "float32", 1)
+    assert isinstance(model.ops, TorchOps)
+    assert "plain torch computes" in caplog.text
+    assert "no C++ compiler; install one" in caplog.text
+    assert harness.alone(model, work) == expected

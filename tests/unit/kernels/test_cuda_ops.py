@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from engine.attention import Span
 from engine.cache import KVCache
 from engine.cuda_ops import CudaOps
 from engine.graphs import Inputs, batch_sizes
+from engine.kernels import paged_decode
+from engine.kernels.paged_decode import choose_splits, contexts_of_all_kernels
 from engine.model import Model
 from engine.ops import Ops, TorchOps
 from engine.runner import Runner, Step
@@ -121,3 +124,33 @@ def test_batch_sizes_rise_to_the_largest(largest: int) -> None:
     assert sizes[-1] == largest
     assert list(sizes) == sorted(set(sizes))
     assert all(above <= max(below + 64, 2 * below) for below, above in pairwise(sizes))
+
+
+@pytest.mark.parametrize("processors", [1, 4, 132])
+@pytest.mark.parametrize("kv_heads", [1, 3, 8])
+@pytest.mark.parametrize("longest", [1, 256, 257, 2048, 5000, 40_000])
+def test_warm_up_meets_every_kernel_that_decodes_can_need(processors: int, kv_heads: int, longest: int) -> None:
+    def kernels(sequences: int, context: int) -> tuple[bool, int]:
+        splits = choose_splits(sequences, kv_heads, context, processors)
+        return splits > 1, triton.next_power_of_2(splits)
+
+    contexts = contexts_of_all_kernels(kv_heads, longest, processors)
+    assert all(1 <= context <= longest for context in contexts)
+    compiled = {kernels(1, context) for context in contexts}
+    assert len(compiled) == len(contexts)  # none twice
+    every = {kernels(n, context) for n in (1, 2, 3, 5, 8, 64, 600) for context in range(1, longest + 1, 64)}
+    assert every <= compiled
+
+
+def test_warm_up_steps_use_page_0_alone_and_leave_no_broken_kv(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = build(CudaOps)
+    monkeypatch.setattr(paged_decode, "SPLIT_TOKENS", 8)
+    runner = Runner(model, cache)
+    steps = runner.warm_up_steps()
+    assert [step.decodes for step in steps] == [0, 1, 1, 1]
+    assert [step.spans[0].start + 1 for step in steps] == [1, 1, 9, 25]  # 1, 2 and 4 splits of at most 32 tokens
+    for step in steps:
+        assert {page for span in step.spans for page in span.pages} == {0}
+        assert runner.run(step).isfinite().all()
+    for layer in cache.layers:
+        assert layer[PAGE_TOKENS:].count_nonzero() == 0
