@@ -91,7 +91,8 @@ def _timed(codec: Codec, keys: Tensor, values: Tensor, deadline: float) -> _Timi
 def _once(codec: Codec, keys: Tensor, values: Tensor, staging: memoryview) -> _Timing:
     count = keys.shape[0]
     started = time.perf_counter()
-    nbytes = codec.encode(keys.clone(), values.clone(), staging)
+    # As from the middle of a prompt: what is kept exactly at its ends must not count for every block.
+    nbytes = codec.encode(keys.clone(), values.clone(), staging, before=LARGE_TOKENS, after=LARGE_TOKENS)
     _sign(staging[:nbytes], count, codec.name)
     encoded = time.perf_counter()
     _sign(staging[:nbytes], count, codec.name)
