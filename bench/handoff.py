@@ -13,7 +13,6 @@ import math
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,7 +152,7 @@ def storm(
         begun_s = time.monotonic()
         seen = Storm(transport, seed, ucx_tls=ucx_tls).run(handoffs)
         print(*summary(seen), sep="\n", flush=True)
-        report.save(f"handoff-storm-{name}", asdict(seen) | {"seed": seed, "took_s": time.monotonic() - begun_s})
+        report.save(f"handoff-storm-{name}", seen.tree() | {"seed": seed, "took_s": time.monotonic() - begun_s})
         broken += len(seen.wrong)
     raise typer.Exit(1 if broken else 0)
 

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from baton.config import HandoffConfig
@@ -98,6 +98,11 @@ class Report:
     longest_s: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+
+    def tree(self) -> dict[str, Any]:
+        """Plain values, for JSON; ``asdict`` spoils counters."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()}
 
 
 def plans(seed: int, transport: str, handoffs: int) -> Iterator[tuple[Blow, list[Plan]]]:
