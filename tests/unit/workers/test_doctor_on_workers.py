@@ -1,0 +1,79 @@
+"""The doctor's examination of a cluster against real workers with a real model, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from baton.config import Config, parse
+from baton.secure import KEY_VARIABLE, ClusterKey
+from decode_worker.worker import DecodeWorker
+from deploy.doctor import examine
+from deploy.doctor.findings import Finding, exit_code
+from engine.build import load_model
+from prefill_worker.worker import PrefillWorker
+from router.peers import WorkerAddress
+from router.service import InferenceService
+
+HOST, KEY = "127.0.0.1", "k" * 40
+CONFIG = parse(
+    {
+        "model": {"dtype": "float32", "max_context": 512},
+        "prefill": {"kv_tokens": 1024, "threads": 1, "page_tokens": 16},
+        "decode": {"kv_tokens": 1024, "threads": 1, "page_tokens": 32},
+        "handoff": {"transport": "tcp", "landing_bytes": 32 << 20, "staging_bytes": 32 << 20},
+    }
+)
+
+
+@pytest.fixture
+async def service(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[InferenceService]:
+    """A router that knows one prefill and one decode worker."""
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    model = await asyncio.to_thread(load_model, model_folder, "float32", 1, None)
+    prefill = PrefillWorker(model, CONFIG, worker_id="p", host=HOST)
+    decode = DecodeWorker(model, CONFIG, worker_id="d", host=HOST)
+    service = InferenceService(CONFIG, model_folder, router_id="r")
+    await prefill.start()
+    await decode.start()
+    service.pools.update("prefill", [WorkerAddress("prefill", "p", HOST, prefill.port, prefill.generation)])
+    service.pools.update("decode", [WorkerAddress("decode", "d", HOST, decode.port, decode.generation)])
+    async with asyncio.timeout(10):
+        while not service.ready:
+            await asyncio.sleep(0.02)
+    yield service
+    await service.close()
+    await prefill.close()
+    await decode.close()
+
+
+async def examined(service: InferenceService, config: Config | None, key: str | None) -> list[Finding]:
+    status, cluster_key = service.report(), None if key is None else ClusterKey(key)
+    return await asyncio.to_thread(lambda: list(examine.cluster(status, config, cluster_key)))
+
+
+def held(service: InferenceService) -> int:
+    loads = [worker.load for pool in service.report().pools for worker in pool.workers]
+    return sum(load.handoffs + load.buffer_bytes_used + load.pages_used for load in loads)
+
+
+async def test_workers_of_a_cluster_are_examined_and_left_as_they_were(service: InferenceService) -> None:
+    found = await examined(service, CONFIG, KEY)
+    assert [one for one in found if one.status != "ok"] == []
+    pairs = {one.subject for one in found if one.check == "handoff, raw"}
+    assert pairs == {"prefill p -> decode d", "decode d -> prefill p"}
+    assert {one.found for one in found if one.check == "transport"} == {"tcp"}
+    async with asyncio.timeout(5):
+        while held(service):
+            await asyncio.sleep(0.05)
+
+    other = parse({"handoff": {"transport": "nixl"}})
+    found = await examined(service, other, KEY)
+    assert exit_code(found) == 1
+    assert [one.found for one in found if one.status == "fail"] == ["tcp, configured: nixl"]
+
+    found = await examined(service, None, None)
+    assert {one.subject for one in found if one.check == "worker" and one.status == "fail"} == {"prefill p", "decode d"}
