@@ -38,9 +38,7 @@ def main() -> None:
     scratch = scratch_folder()
     ray_folder = scratch / "ray"
     ray_folder.mkdir()
-    os.environ.update(
-        environment(config, scratch), RAY_TMPDIR=str(ray_folder), BATON_CLUSTER_KEY=secrets.token_hex(32)
-    )
+    os.environ.update(environment(config, scratch), RAY_TMPDIR=str(ray_folder), BATON_CLUSTER_KEY=secrets.token_hex(32))
 
     import ray
     from ray.cluster_utils import Cluster
