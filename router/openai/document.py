@@ -116,9 +116,7 @@ def _streams(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
     """``whole``, or events whose data are a ``chunk`` each; the schema is that of one event, as OpenAPI 3.2 has it."""
     data = {
         "type": "string",
-        "description": "The last one is [DONE], or an Error if the stream did not end well.",
-        "contentMediaType": "application/json",
-        "contentSchema": {"$ref": REFS.format(model=chunk.__name__)},
+        "description": f"JSON of a {chunk.__name__}; at the end [DONE], or an Error if the stream did not end well.",
     }
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return _json(whole) | {"text/event-stream": {"schema": event}}
