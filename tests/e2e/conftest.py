@@ -148,12 +148,12 @@ def start_cluster(
 
 @pytest.fixture(scope="session")
 def nixl_cluster(start_cluster: Callable[..., contextlib.AbstractContextManager[Client]]) -> Iterator[Client]:
-    """One prefill and one decode worker with different page sizes, NIXL between them, lossy codecs allowed."""
+    """One prefill and one decode worker with different page sizes, NIXL between them. Exact unless a request wants int8."""
     with start_cluster(
         "nixl",
         prefill={"page_tokens": 16, "step_tokens": 256, "kv_tokens": 8192},
         decode={"page_tokens": 32, "kv_tokens": 8192},
-        handoff={"transport": "nixl", "quality_floor": "int8"},
+        handoff={"transport": "nixl", "codec": "raw", "quality_floor": "int8"},
     ) as client:
         yield client
 
