@@ -148,12 +148,13 @@ def start_cluster(
 
 @pytest.fixture(scope="session")
 def nixl_cluster(start_cluster: Callable[..., contextlib.AbstractContextManager[Client]]) -> Iterator[Client]:
-    """One prefill and one decode worker with different page sizes, NIXL between them. Exact unless a request wants int8."""
+    """One prefill and one decode worker with different page sizes, NIXL between them. Exact unless a request wants int8; always a handoff."""
     with start_cluster(
         "nixl",
         prefill={"page_tokens": 16, "step_tokens": 256, "kv_tokens": 8192},
         decode={"page_tokens": 32, "kv_tokens": 8192},
         handoff={"transport": "nixl", "codec": "raw", "quality_floor": "int8"},
+        router={"local_prefill": False},
     ) as client:
         yield client
 
@@ -166,6 +167,7 @@ def tcp_cluster(start_cluster: Callable[..., contextlib.AbstractContextManager[C
         prefill={"page_tokens": 32, "step_tokens": 256, "kv_tokens": 8192},
         decode={"page_tokens": 16, "kv_tokens": 8192},
         handoff={"transport": "tcp"},
+        router={"local_prefill": False},
     ) as client:
         yield client
 
