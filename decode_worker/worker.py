@@ -17,8 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, assert_never
 
-from torch import Tensor
-
 from baton.config import EXACT_CODECS, Config
 from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
@@ -30,11 +28,14 @@ from baton.secure import load_key
 from baton.tasks import Jobs
 from decode_worker.admission import Admission
 from engine.build import build_engine
+from engine.device_pages import device_pages
 from engine.engine import BROKEN, Engine
 from engine.loop import EngineLoop
 from engine.model import Model
 from engine.ranks import Ranks
 from kvtransfer.handoff import Expired, Landed, Lost
+from kvtransfer.landing import Write
+from kvtransfer.pages import Accelerator, Paged, Rows
 from kvtransfer.probe import Probes
 from kvtransfer.receiver import Receiver
 
@@ -65,7 +66,11 @@ class DecodeWorker:
         self._loop = EngineLoop(self._engine, self._computed, self._broke)
         identity = {"worker_id": worker_id, "generation": self.generation}
         guard = Guard(load_key(config.security))
-        self._receiver = Receiver(self.layout, config.handoff, host=host, guard=guard, **identity)
+        device = self._on_device = device_pages(self._engine.cache)
+        accelerator = None if device is None else Accelerator(device.kernels, device.device)
+        self._receiver = Receiver(
+            self.layout, config.handoff, host=host, guard=guard, accelerator=accelerator, **identity
+        )
         hello = Hello(role="decode", layout=self.layout.family, dtype=self.layout.dtype, **identity)
         self._plane = PlaneServer(self, hello, host=host, guard=guard)
         self._jobs: dict[str, _Job] = {}
@@ -161,11 +166,7 @@ class DecodeWorker:
     async def _land(self, job: _Job, message: Reserve) -> None:
         """Pages, lease, ticket; then the KV arrives and the sequence joins the batch."""
         work = message.work
-        pages = await self._admission.admit(work, lambda: self._on_engine(lambda engine: engine.reserve(work)))
-
-        def write(layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-            self._engine.cache.scatter(layer, pages, start, keys, values)
-
+        write = await self._admission.admit(work, lambda: self._on_engine(lambda engine: self._reserve(engine, work)))
         ticket = self._receiver.reserve(
             work.request_id,
             message.epoch,
@@ -203,6 +204,19 @@ class DecodeWorker:
         return asyncio.wrap_future(self._loop.call(act))
 
     # ---- called on the engine thread
+
+    def _reserve(self, engine: Engine, work: Work) -> Write:
+        """Pages for ``work``'s whole prompt, and the way into them."""
+        pages, device = engine.reserve(work), self._on_device
+        if device is None:
+            return lambda layer, start, keys, values: engine.cache.scatter(layer, pages, start, keys, values)
+        free = device.mark()  # whoever had the pages before may still be writing them
+
+        def locate(layer: int, start: int, count: int) -> Rows:
+            free()
+            return Rows(*device.locate(layer, pages, start, count))
+
+        return Paged(locate)
 
     def _computed(self, events: list[TokenEvent]) -> None:
         now_s = time.monotonic()

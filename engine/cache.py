@@ -83,11 +83,11 @@ class KVCache:
 
     def rows(self, layer: int, pages: Sequence[int], start: int, count: int) -> torch.Tensor:
         """A copy of tokens ``[start, start + count)``: [count, 2 * kv_heads, head_dim], keys first."""
-        return self.layers[layer].index_select(0, self._slots(pages, start, count))
+        return self.layers[layer].index_select(0, self.slots(pages, start, count))
 
     def write_rows(self, layer: int, pages: Sequence[int], start: int, rows: torch.Tensor) -> None:
         """Writes ``rows``, as :meth:`rows` returns them, to the tokens from ``start`` on."""
-        slots = self._slots(pages, start, rows.shape[0])
+        slots = self.slots(pages, start, rows.shape[0])
         self.layers[layer].index_copy_(0, slots, rows.to(self.layers[layer]))
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -100,7 +100,8 @@ class KVCache:
             pages = layer.view(-1, self.page_tokens, *layer.shape[1:])  # [pages, page_tokens, 2 * kv_heads, head_dim]
             pages.index_copy_(0, written, pages.index_select(0, read))
 
-    def _slots(self, pages: Sequence[int], start: int, count: int) -> torch.Tensor:
+    def slots(self, pages: Sequence[int], start: int, count: int) -> torch.Tensor:
+        """Rows of tokens ``[start, start + count)`` in every layer: [count] int64, on the device."""
         require_inside(pages, start, count, self.page_tokens)
         tokens = torch.arange(start, start + count)
         table = torch.tensor(pages, dtype=torch.int64)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from baton.config import LOSS
 from baton.layout import KVLayout
 from kvtransfer.chooser import Candidate, Speed
 from kvtransfer.codecs import Codec, make_codec
+from kvtransfer.codecs.paged import PagedCodec
+from kvtransfer.pages import Accelerator, Rows, lane_of
 from kvtransfer.protocol import block_digest, block_tokens
 
 log = logging.getLogger(__name__)
@@ -37,24 +40,102 @@ class _Timing:
     nbytes: int
 
 
-def measure_codecs(layout: KVLayout, names: Sequence[str], *, budget_s: float = BUDGET_S) -> tuple[Candidate, ...]:
-    """Ratio and speeds of ``names``, in order, for as many as ``budget_s`` allows; the first one always.
+_Read: TypeAlias = Callable[[int], tuple[Tensor, Tensor]]  # K and V of the first so many tokens
+_Write: TypeAlias = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """One codec at both ends: from KV in place to bytes in ``staging``, and from there to KV in place. As from the
+    middle of a prompt: what is kept exactly at its ends must not count for every block."""
+
+    name: str
+    staging: memoryview
+    encode: Callable[[int], int]  # of the first so many tokens; returns the block's size
+    decode: Callable[[memoryview, int], None]
+
+
+def measure_codecs(
+    layout: KVLayout, names: Sequence[str], *, budget_s: float = BUDGET_S, accelerator: Accelerator | None = None
+) -> tuple[Candidate, ...]:
+    """Ratio and speeds of ``names``, in order, for as many as ``budget_s`` allows; the first one always. On the
+    ``accelerator`` those that it has, whose kernels are compiled before, which the budget does not bound.
 
     CPU-bound: call it from a thread of its own.
     """
-    deadline = time.monotonic() + budget_s
     large = min(LARGE_TOKENS, block_tokens(layout))
-    small = max(1, large // SMALL_SHARE)
-    kv = _kv_like(layout, large)
-    found: list[Candidate] = []
-    for name in names:
-        if found and time.monotonic() >= deadline:
-            log.warning("no time to measure codecs %s; they are not chosen", ", ".join(names[len(found) :]))
-            break
-        codec = make_codec(name, layout)
-        timings = [_timed(codec, kv[0][:count], kv[1][:count], deadline) for count in (small, large)]
-        found.append(_candidate(name, [count * layout.layer_token_bytes for count in (small, large)], timings))
+    sizes = (max(1, large // SMALL_SHARE), large)
+    with lane_of(accelerator):
+        trials = _trials(layout, names, large, accelerator)
+        if accelerator is not None:
+            for trial in trials:
+                _once(trial, large)
+        deadline = time.monotonic() + budget_s
+        found: list[Candidate] = []
+        for trial in trials:
+            if found and time.monotonic() >= deadline:
+                left = ", ".join(names[len(found) :])
+                log.warning("no time to measure codecs %s; they are not chosen", left)
+                break
+            timings = [_timed(trial, count, deadline) for count in sizes]
+            found.append(_candidate(trial.name, [count * layout.layer_token_bytes for count in sizes], timings))
     return tuple(found)
+
+
+def _trials(layout: KVLayout, names: Sequence[str], tokens: int, accelerator: Accelerator | None) -> list[_Trial]:
+    keys, values = _kv_like(layout, tokens)
+    if accelerator is None:
+        return [_on_host(make_codec(name, layout), tokens, *_in_memory(keys, values)) for name in names]
+    rows = Rows(
+        torch.cat((keys, values), dim=1).to(accelerator.device), torch.arange(tokens, device=accelerator.device)
+    )
+    paged = accelerator.codecs(names, layout)
+    return [
+        _in_pages(paged[name], rows) if name in paged else _on_host(make_codec(name, layout), tokens, *_over(rows))
+        for name in names
+    ]
+
+
+def _in_memory(keys: Tensor, values: Tensor) -> tuple[_Read, _Write]:
+    def write(*decoded: Tensor) -> None:
+        for tensor in decoded:
+            tensor.clone(memory_format=torch.contiguous_format)
+
+    return lambda count: (keys[:count].clone(), values[:count].clone()), write
+
+
+def _over(rows: Rows) -> tuple[_Read, _Write]:
+    """From and to an accelerator, for codecs that only the CPU has."""
+
+    def write(keys: Tensor, values: Tensor) -> None:
+        Rows(rows.layer, rows.slots[: keys.shape[0]]).scatter(keys, values)
+
+    return lambda count: Rows(rows.layer, rows.slots[:count]).gather(), write
+
+
+def _on_host(codec: Codec, tokens: int, read: _Read, write: _Write) -> _Trial:
+    staging = memoryview(bytearray(codec.bound(tokens)))
+
+    def encode(count: int) -> int:
+        return codec.encode(*read(count), staging, before=LARGE_TOKENS, after=LARGE_TOKENS)
+
+    def decode(data: memoryview, count: int) -> None:
+        write(*codec.decode(data, count))
+
+    return _Trial(codec.name, staging, encode, decode)
+
+
+def _in_pages(codec: PagedCodec, rows: Rows) -> _Trial:
+    pinned = torch.empty(codec.bound(len(rows.slots)), dtype=torch.uint8, pin_memory=rows.layer.is_cuda)
+    staging = pinned.numpy().data
+
+    def encode(count: int) -> int:
+        return codec.encode(rows.layer, rows.slots[:count], staging, before=LARGE_TOKENS, after=LARGE_TOKENS)
+
+    def decode(data: memoryview, count: int) -> None:
+        codec.decode(data, rows.layer, rows.slots[:count])
+
+    return _Trial(codec.name, staging, encode, decode)
 
 
 def describe(candidates: Sequence[Candidate]) -> str:
@@ -78,27 +159,23 @@ def _kv_like(layout: KVLayout, tokens: int) -> tuple[Tensor, Tensor]:
     return keys.to(dtype), values.to(dtype)
 
 
-def _timed(codec: Codec, keys: Tensor, values: Tensor, deadline: float) -> _Timing:
+def _timed(trial: _Trial, count: int, deadline: float) -> _Timing:
     """Medians of a few goes after one to warm up; of fewer past ``deadline``."""
-    staging = memoryview(bytearray(codec.bound(keys.shape[0])))
-    goes = [_once(codec, keys, values, staging)]
+    goes = [_once(trial, count)]
     while len(goes) <= REPEATS and time.monotonic() < deadline:
-        goes.append(_once(codec, keys, values, staging))
+        goes.append(_once(trial, count))
     warm = goes[1:] or goes
     return _Timing(median(go.encode_s for go in warm), median(go.decode_s for go in warm), goes[0].nbytes)
 
 
-def _once(codec: Codec, keys: Tensor, values: Tensor, staging: memoryview) -> _Timing:
-    count = keys.shape[0]
+def _once(trial: _Trial, count: int) -> _Timing:
     started = time.perf_counter()
-    # As from the middle of a prompt: what is kept exactly at its ends must not count for every block.
-    nbytes = codec.encode(keys.clone(), values.clone(), staging, before=LARGE_TOKENS, after=LARGE_TOKENS)
-    _sign(staging[:nbytes], count, codec.name)
+    data = trial.staging[: trial.encode(count)]
+    _sign(data, count, trial.name)
     encoded = time.perf_counter()
-    _sign(staging[:nbytes], count, codec.name)
-    for tensor in codec.decode(staging[:nbytes], count):
-        tensor.clone(memory_format=torch.contiguous_format)
-    return _Timing(encoded - started, time.perf_counter() - encoded, nbytes)
+    _sign(data, count, trial.name)
+    trial.decode(data, count)
+    return _Timing(encoded - started, time.perf_counter() - encoded, len(data))
 
 
 def _sign(data: memoryview, count: int, codec: str) -> bytes:

@@ -1,4 +1,5 @@
 """The sender's thread: gathers finished spans, encodes them into staging memory and signs them, oldest handoff first.
+Spans that lie in an accelerator's pages are encoded there, where it has the codec, and leave it as encoded bytes.
 
 Neither the engine's thread nor the event loop ever waits for staging: a span that finds no room waits here until an
 acknowledgement frees some, or until its handoff is over.
@@ -24,6 +25,7 @@ from kvtransfer.chooser import Ahead, Load
 from kvtransfer.codecs import make_codec
 from kvtransfer.coverage import Span
 from kvtransfer.handoff import Dispatch
+from kvtransfer.pages import Accelerator, Rows, lane_of
 from kvtransfer.protocol import Acks, Block, block_digest, block_tokens
 from kvtransfer.route import Ratios, Route
 from kvtransfer.signing import BlockKey
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _MOST_COUNTED = 64  # handoffs, in a load
 
-Gather: TypeAlias = Callable[[int, int, int], tuple[Tensor, Tensor]]
+Gather: TypeAlias = Callable[[int, int, int], tuple[Tensor, Tensor] | Rows]
 
 
 @dataclass(slots=True, eq=False)
@@ -84,10 +86,16 @@ class Job:
 
 
 class Encoder:
-    def __init__(self, layout: KVLayout, staging: BufferPool, ratios: Ratios, key: BlockKey | None = None) -> None:
-        """``ratios`` and every feed's route are guarded by ``changed`` from here on; ``key`` makes digests keyed."""
+    def __init__(
+        self, layout: KVLayout, staging: BufferPool, ratios: Ratios, key: BlockKey | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:  # fmt: skip
+        """``ratios`` and every feed's route are guarded by ``changed`` from here on; ``key`` makes digests keyed;
+        ``accelerator`` encodes what its kernels can of feeds whose KV is in pages."""
         self._layout, self._staging, self._ratios, self._key = layout, staging, ratios, key
         self._codecs = {name: make_codec(name, layout) for name in CODECS}
+        self._accelerator = accelerator
+        self._paged = accelerator.codecs(CODECS, layout) if accelerator else {}
         self._block_tokens = block_tokens(layout)
         self.changed = threading.Condition()
         self._waiting: dict[Feed, None] = {}  # feeds with spans, oldest first
@@ -157,6 +165,10 @@ class Encoder:
         self._thread.join()
 
     def _run(self) -> None:
+        with lane_of(self._accelerator):
+            self._encode_all()
+
+    def _encode_all(self) -> None:
         while (job := self._next()) is not None:
             try:
                 nbytes, digest = self._encode(job)
@@ -211,10 +223,14 @@ class Encoder:
     def _encode(self, job: Job) -> tuple[int, bytes]:
         """Bytes written to the job's region, and their digest."""
         feed, span = job.feed, job.span
-        keys, values = feed.gather(span.layer, span.start, span.count)
+        kv = feed.gather(span.layer, span.start, span.count)
         view = self._staging.memory.view(job.region.offset, job.region.nbytes)
         after = feed.dispatch.coverage.tokens - span.start - span.count
-        nbytes = self._codecs[job.codec].encode(keys, values, view, before=span.start, after=after)
+        if isinstance(kv, Rows) and (paged := self._paged.get(job.codec)) is not None:
+            nbytes = paged.encode(kv.layer, kv.slots, view, before=span.start, after=after)
+        else:
+            keys, values = kv.gather() if isinstance(kv, Rows) else kv
+            nbytes = self._codecs[job.codec].encode(keys, values, view, before=span.start, after=after)
         digest = block_digest(
             view[:nbytes], request_id=feed.dispatch.request_id, epoch=feed.dispatch.epoch,
             layout=self._layout.fingerprint, layer=span.layer, start=span.start, count=span.count, codec=job.codec,

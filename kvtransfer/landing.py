@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 from torch import Tensor
@@ -19,14 +20,16 @@ from baton.layout import DTYPES, KVLayout
 from kvtransfer.arena import BufferPool, Region
 from kvtransfer.codecs import CodecError, make_codec
 from kvtransfer.codecs.block import TORCH_DTYPES
+from kvtransfer.codecs.paged import PagedCodec
 from kvtransfer.handoff import Arrived
+from kvtransfer.pages import Accelerator, Paged, lane_of
 from kvtransfer.protocol import Block, block_digest
 from kvtransfer.signing import BlockKey
 from kvtransfer.transports import FetchLost, Source
 
 log = logging.getLogger(__name__)
 
-Write: TypeAlias = Callable[[int, int, Tensor, Tensor], None]
+Write: TypeAlias = Callable[[int, int, Tensor, Tensor], None] | Paged
 
 
 class Gate:
@@ -90,12 +93,17 @@ class Fetched:
 class Lander:
     """Verifies fetched blocks, decodes them, and writes them in the dtype of ``layout``, whatever their sender's.
 
-    Its queue is bounded by the landing buffers that it holds.
+    Blocks for pages on the ``accelerator``, in a codec that it has and in the pages' dtype, are decoded there, straight
+    into the pages. Its queue is bounded by the landing buffers that it holds.
     """
 
-    def __init__(self, layout: KVLayout, pool: BufferPool, key: BlockKey | None = None) -> None:
-        self._pool, self._key = pool, key
+    def __init__(
+        self, layout: KVLayout, pool: BufferPool, key: BlockKey | None = None, accelerator: Accelerator | None = None
+    ) -> None:
+        self._pool, self._key, self._layout = pool, key, layout
         self._dtype = TORCH_DTYPES[layout.dtype]
+        self._accelerator = accelerator
+        self._paged = accelerator.codecs(CODECS, layout) if accelerator else {}
         self._codecs = {
             (dtype, name): make_codec(name, replace(layout, dtype=dtype)) for dtype in DTYPES for name in CODECS
         }
@@ -112,25 +120,34 @@ class Lander:
         self._thread.join()
 
     def _run(self) -> None:
+        with lane_of(self._accelerator):
+            self._land_all()
+
+    def _land_all(self) -> None:
         while (fetched := self._fetched.get()) is not None:
-            landing, block = fetched.landing, fetched.block
-            started = time.monotonic()
-            try:
-                if self._land(fetched):
-                    now = time.monotonic()
-                    work_s = fetched.fetch_s + now - started
-                    landing.on_arrived(
-                        Arrived(block.seq, block.nbytes, fetched.fetched_at, now, work_s, fetched.fetch_s)
-                    )
-            except CodecError as error:
-                landing.fail(f"block {block.seq}: {error}")
-            except Exception as error:
-                log.exception("%s: cannot write layer %d", block.request_id, block.layer)
-                landing.fail(f"cannot write: {error}")
-            finally:
-                self._pool.give(fetched.region)
+            tell = self._landed(fetched)
+            self._pool.give(fetched.region)  # before anybody learns that the block has landed
+            tell()
+
+    def _landed(self, fetched: Fetched) -> Callable[[], None]:
+        """Lands a block. What it returns tells how that went."""
+        landing, block, started = fetched.landing, fetched.block, time.monotonic()
+        try:
+            if not self._land(fetched):
+                return lambda: None
+        except CodecError as error:
+            return partial(landing.fail, f"block {block.seq}: {error}")
+        except Exception as error:
+            log.exception("%s: cannot write layer %d", block.request_id, block.layer)
+            return partial(landing.fail, f"cannot write: {error}")
+        now = time.monotonic()
+        work_s = fetched.fetch_s + now - started
+        return partial(
+            landing.on_arrived, Arrived(block.seq, block.nbytes, fetched.fetched_at, now, work_s, fetched.fetch_s)
+        )
 
     def _land(self, fetched: Fetched) -> bool:
+        """False when nobody wants the block any more. Raises :class:`CodecError`."""
         block, landing = fetched.block, fetched.landing
         data = self._pool.memory.view(fetched.region.offset, block.nbytes)
         digest = block_digest(
@@ -138,16 +155,32 @@ class Lander:
             layer=block.layer, start=block.start, count=block.count, codec=block.codec, key=self._key,
         )  # fmt: skip
         if digest != block.digest:
-            landing.fail(f"block {block.seq}: digest mismatch")
-            return False
-        keys, values = self._codecs[fetched.wire.dtype, block.codec].decode(data, block.count)
+            raise CodecError("digest mismatch")
+        write = self._writer(fetched, data)
         if not landing.gate.enter():
             return False
         try:
-            landing.write(block.layer, block.start, keys.to(self._dtype), values.to(self._dtype))
+            write()
         finally:
             landing.gate.leave()
         return True
+
+    def _writer(self, fetched: Fetched, data: memoryview) -> Callable[[], None]:
+        """What puts a block into its request's pages; decoded before, where that takes the CPU alone."""
+        block, write = fetched.block, fetched.landing.write
+        paged = self._paged.get(block.codec) if fetched.wire.dtype == self._layout.dtype else None
+        if isinstance(write, Paged) and paged is not None:
+            return partial(_decode_there, paged, write, block, data)
+        decoded = self._codecs[fetched.wire.dtype, block.codec].decode(data, block.count)
+        keys, values = (half.to(self._dtype) for half in decoded)
+        if isinstance(write, Paged):
+            return lambda: write.locate(block.layer, block.start, block.count).scatter(keys, values)
+        return partial(write, block.layer, block.start, keys, values)
+
+
+def _decode_there(codec: PagedCodec, pages: Paged, block: Block, data: memoryview) -> None:
+    rows = pages.locate(block.layer, block.start, block.count)
+    codec.decode(data, rows.layer, rows.slots)
 
 
 class Puller:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,6 +19,7 @@ from kvtransfer.codec_speeds import measure_codecs
 from kvtransfer.handoff import Expired, Landed, Limits, Lost
 from kvtransfer.intakes import Intakes
 from kvtransfer.landing import Lander, Puller, Write
+from kvtransfer.pages import Accelerator
 from kvtransfer.protocol import CONTROL, DecodeSpeed
 from kvtransfer.receiver_link import Ground, ReceiverLink
 from kvtransfer.signing import BlockKey
@@ -45,12 +47,14 @@ class Receiver:
     def __init__(
         self, layout: KVLayout, config: HandoffConfig,
         *, worker_id: str, generation: str, host: str = "127.0.0.1", guard: Guard | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:  # fmt: skip
-        """``guard``: who may connect; None lets everybody in."""
+        """``guard``: who may connect; None lets everybody in. ``accelerator``: where KV is decoded whose pages lie
+        there."""
         self.host, self.port = host, 0
         self._layout, self._config = layout, config
         self._worker_id, self._generation = worker_id, generation
-        self._guard = guard or Guard()
+        self._guard, self._accelerator = guard or Guard(), accelerator
         self._pool = BufferPool(config.landing_bytes)
         self._wires: dict[str, Wire] = {dtype: Wire(replace(layout, dtype=dtype)) for dtype in DTYPES}
         self._block_bytes = max(wire.largest_block for wire in self._wires.values())
@@ -58,9 +62,13 @@ class Receiver:
         self._links: dict[ReceiverLink, asyncio.Task[None]] = {}
         self._retiring: list[Puller] = []
         self._ground: Ground | None = None
+        self._unpin: Callable[[], None] | None = None
 
     async def start(self) -> None:
-        """Registers the landing memory and listens. Raises :class:`baton.errors.ConfigError`."""
+        """Registers the landing memory with the transport and the accelerator, and listens.
+
+        Raises :class:`baton.errors.ConfigError`.
+        """
         if self._pool.memory.nbytes < self._block_bytes:
             raise ConfigError(f"must hold one block of {self._block_bytes} bytes", field="handoff.landing_bytes")
         build = partial(
@@ -68,11 +76,15 @@ class Receiver:
             name=f"{self._worker_id}-{self._generation}", ucx_tls=self._config.ucx_tls, tls=self._config.tls,
         )  # fmt: skip
         fetcher = await asyncio.to_thread(build)
-        measured = await asyncio.to_thread(measure_codecs, self._layout, codecs_within(self._config.quality_floor))
+        if self._accelerator is not None:
+            self._unpin = self._accelerator.pin(self._pool.memory, "handoff.landing_bytes")
+        names = codecs_within(self._config.quality_floor)
+        measured = await asyncio.to_thread(measure_codecs, self._layout, names, accelerator=self._accelerator)
+        key = BlockKey(self._guard.key) if self._guard.key else None
         self._ground = Ground(
             self._worker_id, self._generation, self._layout.family, self._config.transport, self._config.stall_s,
             self._intakes, self._wires, self._pool, fetcher,
-            Lander(self._layout, self._pool, BlockKey(self._guard.key) if self._guard.key else None),
+            Lander(self._layout, self._pool, key, self._accelerator),
             tuple(DecodeSpeed(one.name, one.decode.block_s, one.decode.bytes_per_s) for one in measured),
         )  # fmt: skip
         self._server = await asyncio.start_server(self._serve, self.host, 0)
@@ -105,6 +117,8 @@ class Receiver:
             log.warning("%d peers have transfers that did not end; their buffers stay", unended)
         else:
             ground.fetcher.close()
+        if self._unpin is not None:  # no copy of the accelerator's is under way any more: the lander has ended
+            self._unpin()
 
     def reserve(
         self, request_id: str, epoch: int,
@@ -115,6 +129,7 @@ class Receiver:
         ``codec``: of every block, or "auto": any that ``floor`` allows, as the sender chooses block by block.
         ``write(layer, start, keys, values)`` runs on the landing thread, one call at a time, with keys and values
         [count, kv_heads, head_dim] of this side's dtype, whatever the sender's, that are valid during the call only.
+        Or ``write`` says where they lie on the accelerator, and they are there when it has been called for the block.
         Blocks come in any order, each (layer, token) at most once. Raises :class:`Overloaded` when the landing side is
         saturated.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from kvtransfer.codec_speeds import describe, measure_codecs
 from kvtransfer.codecs import largest_block, make_codec
 from kvtransfer.encoder import Encoder, Gather
 from kvtransfer.outgoing import Outgoing
+from kvtransfer.pages import Accelerator
 from kvtransfer.protocol import PROTOCOL, Attach, Welcome
 from kvtransfer.route import Ratios, Route
 from kvtransfer.sender_link import SenderLink
@@ -45,20 +47,26 @@ class Sender:
     def __init__(
         self, layout: KVLayout, config: HandoffConfig,
         *, worker_id: str, generation: str, host: str = "127.0.0.1", key: ClusterKey | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:  # fmt: skip
-        """``key``: what both ends prove; None for receivers that let everybody in."""
+        """``key``: what both ends prove; None for receivers that let everybody in. ``accelerator``: where KV is encoded
+        that ``open``'s ``gather`` leaves in its pages."""
         self.layout, self.config = layout, config
         self.worker_id, self.generation = worker_id, generation
-        self._host, self._key = host, key
+        self._host, self._key, self._accelerator = host, key, accelerator
         self._staging = BufferPool(config.staging_bytes)
         self._outgoing: set[Outgoing] = set()
         self._links: dict[tuple[str, int, str], SenderLink] = {}  # by host, port and generation of the receiver
         self._routes: dict[str, Route] = {}  # by host and port of the receiver, oldest first
         self._exporter: Exporter | None = None
         self._ticker: asyncio.Task[None] | None = None
+        self._unpin: Callable[[], None] | None = None
 
     async def start(self) -> None:
-        """Registers the staging memory with the transport. Raises :class:`baton.errors.ConfigError`."""
+        """Registers the staging memory with the transport and the accelerator.
+
+        Raises :class:`baton.errors.ConfigError`.
+        """
         block_bytes = largest_block([make_codec(name, self.layout) for name in CODECS], self.layout)
         if self._staging.memory.nbytes < block_bytes:
             raise ConfigError(f"must hold one block of {block_bytes} bytes", field="handoff.staging_bytes")
@@ -68,10 +76,13 @@ class Sender:
             ucx_tls=self.config.ucx_tls, tls=self.config.tls,
         )  # fmt: skip
         self._exporter = await asyncio.to_thread(build)
+        if self._accelerator is not None:
+            self._unpin = self._accelerator.pin(self._staging.memory, "handoff.staging_bytes")
         names = codecs_within(self.config.quality_floor)
-        measured = await asyncio.to_thread(measure_codecs, self.layout, names)
+        measured = await asyncio.to_thread(measure_codecs, self.layout, names, accelerator=self._accelerator)
         self._ratios = Ratios(measured)
-        self._encoder = Encoder(self.layout, self._staging, self._ratios, BlockKey(self._key) if self._key else None)
+        block_key = BlockKey(self._key) if self._key else None
+        self._encoder = Encoder(self.layout, self._staging, self._ratios, block_key, self._accelerator)
         self._ticker = asyncio.create_task(self._tick())
         log.info(
             "%s sends KV over %s; codecs here, GB/s: %s", self.worker_id, self.config.transport, describe(measured)
@@ -88,12 +99,15 @@ class Sender:
         await asyncio.to_thread(self._encoder.close)
         await asyncio.to_thread(self._exporter.close)
         self._exporter = None
+        if self._unpin is not None:
+            self._unpin()
 
     def open(self, ticket: Ticket, *, tokens: int, budget_s: float, gather: Gather) -> Outgoing:
         """Starts the handoff of ``ticket``; it is lost at once when the two workers do not fit together.
 
         ``gather(layer, start, count)`` runs on the encoder's thread and returns keys and values,
-        [count, kv_heads, head_dim] each, which are read before it is called again. Raises :class:`Overloaded`.
+        [count, kv_heads, head_dim] each, which are read before it is called again; or, on an accelerator, where they
+        lie, to be read before ``Outgoing.encoded`` returns. Raises :class:`Overloaded`.
         """
         if len(self._outgoing) >= MAX_HANDOFFS:
             raise Overloaded(f"{MAX_HANDOFFS} handoffs under way", retry_after_ms=100)

@@ -1,7 +1,8 @@
 """The prefill worker: a prompt in, its first token to the router, its KV to the decode worker named in the ticket.
 
 The engine thread computes; after each layer of each chunk it calls :meth:`PrefillWorker.layer_written`, which only
-queues: the sender's encoder thread gathers that layer's KV from the pages while the engine computes the next layer.
+queues: the sender's encoder thread gathers that layer's KV from the pages while the engine computes the next layer, or,
+where they lie on a GPU, encodes it there.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from baton.request import TokenEvent, Work
 from baton.secure import load_key
 from baton.tasks import Jobs
 from engine.build import build_engine
+from engine.device_pages import device_pages
 from engine.engine import BROKEN, Chunk, Engine
 from engine.loop import EngineLoop
 from engine.model import Model
 from engine.ranks import Ranks
 from kvtransfer.handoff import Expired, Landed, Lost
 from kvtransfer.outgoing import Outgoing
+from kvtransfer.pages import Accelerator, Rows
 from kvtransfer.probe import Probes
 from kvtransfer.sender import Sender
 
@@ -46,6 +49,7 @@ class _Job:
     outgoing: Outgoing
     first: asyncio.Future[tuple[Report, TokenEvent]]
     pages: tuple[int, ...] = field(default=())
+    written: dict[int, Callable[[], None]] = field(default_factory=dict)  # by layer; on a GPU: waits for its KV
 
 
 class PrefillWorker:
@@ -60,7 +64,11 @@ class PrefillWorker:
         self._loop = EngineLoop(self._engine, self._computed, self._broke)
         identity = {"worker_id": worker_id, "generation": self.generation}
         guard = Guard(load_key(config.security))
-        self._sender = Sender(self.layout, config.handoff, host=host, key=guard.key, **identity)
+        device = self._on_device = device_pages(self._engine.cache)
+        accelerator = None if device is None else Accelerator(device.kernels, device.device)
+        self._sender = Sender(
+            self.layout, config.handoff, host=host, key=guard.key, accelerator=accelerator, **identity
+        )
         hello = Hello(role="prefill", layout=self.layout.family, dtype=self.layout.dtype, **identity)
         self._plane = PlaneServer(self, hello, host=host, guard=guard)
         self._jobs: dict[str, _Job] = {}
@@ -166,8 +174,11 @@ class PrefillWorker:
     def _open(self, message: Prefill) -> _Job:
         request_id = message.work.request_id
 
-        def gather(layer: int, start: int, count: int) -> tuple[Tensor, Tensor]:
-            return self._engine.cache.gather(layer, job.pages, start, count)
+        def gather(layer: int, start: int, count: int) -> tuple[Tensor, Tensor] | Rows:
+            if self._on_device is None:
+                return self._engine.cache.gather(layer, job.pages, start, count)
+            job.written[layer]()
+            return Rows(*self._on_device.locate(layer, job.pages, start, count))
 
         outgoing = self._sender.open(
             message.ticket, tokens=len(message.work.prompt), budget_s=message.work.budget_s, gather=gather
@@ -187,10 +198,13 @@ class PrefillWorker:
     # ---- called on the engine thread
 
     def layer_written(self, layer: int, chunks: Sequence[Chunk]) -> None:
+        written = None if self._on_device is None else self._on_device.mark()
         for chunk in chunks:
             job = self._jobs.get(chunk.request_id)
             if job is not None:
                 job.pages = chunk.pages
+                if written is not None:
+                    job.written[layer] = written
                 job.outgoing.push(layer, chunk.start, chunk.count)
 
     def _computed(self, events: list[TokenEvent]) -> None:

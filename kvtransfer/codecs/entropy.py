@@ -7,8 +7,6 @@ Huffman stage, it is 7 % smaller and encodes nearly three times as fast on expon
 
 from __future__ import annotations
 
-import zstandard
-
 from kvtransfer.codecs.block import CodecError, Words
 
 
@@ -16,6 +14,8 @@ class Entropy:
     """One thread's compressor and decompressor. Bytes that would not shrink are stored as they are."""
 
     def __init__(self) -> None:
+        import zstandard  # only by who compresses: kernels are tried on machines that have little more than torch
+
         literals = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, window_log=17)
         self._compressor = zstandard.ZstdCompressor(compression_params=literals)
         self._decompressor = zstandard.ZstdDecompressor()
@@ -35,6 +35,8 @@ class Entropy:
         """The ``nbytes`` that were packed to ``body``. Raises :class:`CodecError`."""
         if len(body) == nbytes:
             return body
+        import zstandard
+
         try:
             # The frame's own claim decides what zstd would allocate, so it is read first.
             claimed = zstandard.frame_content_size(body)

@@ -7,7 +7,8 @@ levels below it have no form here: their coder is the CPU's.
 
 The sending side calls ``encode(layer, slots, into)`` on a view of the staging arena, whose pages should be registered
 with the driver (pinned) beforehand; the receiving side calls ``decode(data, layer, slots)`` on a landing buffer whose
-digest has been checked. Both wait for the device, in the thread that would otherwise encode or decode.
+digest has been checked. Both wait for the calling thread's stream: when ``encode`` returns, the pages may be written
+again and the bytes are in ``into``; when ``decode`` returns, the tokens are in the pages.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class PagedRaw:
         words = _in(data, layer).view(layer.dtype).view(2, self._shape.heads, len(slots), -1)
         for half, part in zip(layer.chunk(2, dim=1), words, strict=True):
             self._kernels.scatter(part, half, slots)
+        wait_for(layer)
 
 
 class PagedLossless:
@@ -131,6 +133,7 @@ class PagedLossless:
             made.append(room.copy_(torch.from_numpy(signed.copy()).view(room.shape)))
         for index, half in enumerate(layer.chunk(2, dim=1)):
             self._kernels.join([plane[index] for plane in made], half, slots)
+        wait_for(layer)
 
     def _room(self, count: int, itemsize: int, device: torch.device) -> Tensor:
         dtype = torch.int16 if itemsize == 2 else torch.uint8
@@ -177,6 +180,7 @@ class PagedQuantised:
         if len(middle) and not self._surely_finite(data, len(middle), scales_at):
             keys, values = self._host.decode(data, count)  # which refuses it or shows that all is well
             layer[slots] = torch.cat((keys, values), dim=1).to(layer)
+            wait_for(layer)
             return
         block = _in(data, layer)
         for part in _ends(slots, kept):
@@ -186,6 +190,7 @@ class PagedQuantised:
         if len(middle):
             for half, grid, arrays in zip(halves, self._grids, self._parts(block, len(middle), end)[0], strict=True):
                 self._kernels.dequantise(half, middle, grid, arrays)
+        wait_for(layer)
 
     def _exact(self, block: Tensor, at: int, some: int, dtype: torch.dtype) -> Tensor:
         """[2, kv_heads, some, head_dim] over the block's bytes."""
@@ -227,8 +232,14 @@ def _ends(slots: Tensor, kept: Kept) -> list[Tensor]:
     return [part for part in (slots[: kept.first], slots[len(slots) - kept.last :]) if len(part)]
 
 
+def wait_for(layer: Tensor) -> None:
+    """Returns when all that the calling thread launched on the layer's device has happened."""
+    if layer.is_cuda:
+        torch.cuda.current_stream(layer.device).synchronize()
+
+
 def _out(block: Tensor, into: memoryview) -> int:
-    """Copies bytes from the device; returns how many."""
+    """Copies bytes from the device, which has written them when it returns; returns how many."""
     torch.frombuffer(into, dtype=torch.uint8)[: len(block)].copy_(block)
     return len(block)
 

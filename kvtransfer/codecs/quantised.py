@@ -56,11 +56,12 @@ class QuantisedCodec:
     ):
         """``compress``: whether levels are entropy coded. ``quantiser``: None takes the fastest there is."""
         self.name = name
-        self.level, self._compress = level, compress
+        self.level = level
         self._shape = Shape(layout)
         self.ends = Ends(self._shape, level.sinks, level.window)
         self._quantiser = quantiser or choose_quantiser()
-        self._entropy, self._scratch = Entropy(), Scratch()
+        self._entropy = Entropy() if compress else None
+        self._scratch = Scratch()
 
     def bound(self, count: int) -> int:
         exact = self.ends.head_bytes + self.ends.most(count) * self.ends.token_bytes
@@ -76,13 +77,16 @@ class QuantisedCodec:
             return end
         scales, end = self.scales(into, middle, end)
         sizes = self.level_bytes(middle)
-        room = self._scratch.room("levels", sum(sizes), _BYTE) if self._compress else None
-        levels = np.frombuffer(into, _BYTE, sum(sizes), end) if room is None else room
+        levels = (
+            np.frombuffer(into, _BYTE, sum(sizes), end)
+            if self._entropy is None
+            else self._scratch.room("levels", sum(sizes), _BYTE)
+        )
         for tensor, grid, (scale, centre), part in zip(
             both, (self.level.keys, self.level.values), scales, np.split(levels, [sizes[0]]), strict=True
         ):
             self._quantiser.quantise(tensor[kept.first : count - kept.last], grid, scale, centre, part)
-        return end + (sum(sizes) if room is None else self._entropy.pack(room, into[end:]))
+        return end + (sum(sizes) if self._entropy is None else self._entropy.pack(levels, into[end:]))
 
     def decode(self, data: memoryview, count: int) -> tuple[Tensor, Tensor]:
         kept = self.ends.read(data, count)
@@ -99,7 +103,7 @@ class QuantisedCodec:
         """Raises :class:`CodecError` for bytes that are too few for what has a fixed size, or more than any block."""
         fixed = self.ends.head_bytes + exact * self.ends.token_bytes + self.scale_bytes(middle)
         most = sum(self.level_bytes(middle))
-        least = min(1, most) if self._compress else most
+        least = most if self._entropy is None else min(1, most)
         if not least <= nbytes - fixed <= most:
             raise CodecError(f"{self.name} block of {nbytes} bytes, expected {fixed + least} to {fixed + most}")
 
@@ -107,7 +111,7 @@ class QuantisedCodec:
         """``out``: [2, heads, count, head_dim], maybe a part of every head's tokens."""
         scales, end = self.scales(data, count, start)
         sizes = self.level_bytes(count)
-        body = self._entropy.unpack(data[end:], sum(sizes)) if self._compress else data[end:]
+        body = data[end:] if self._entropy is None else self._entropy.unpack(data[end:], sum(sizes))
         parts = np.split(np.frombuffer(body, _BYTE), [sizes[0]])
         grids = (self.level.keys, self.level.values)
         for tensor, grid, (scale, centre), part in zip(out, grids, scales, parts, strict=True):

@@ -1,0 +1,54 @@
+"""One GPU's whole KV cache, as a handoff's kernels reach it from threads and streams of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.cache import KVCache, PagedKV
+
+if TYPE_CHECKING:
+    from engine.kernels.codec import PagedKernels
+
+
+class DevicePages:
+    """``locate`` may be called from any thread; ``mark`` belongs to the thread that computes."""
+
+    def __init__(self, cache: KVCache) -> None:
+        from engine.kernels.codec import PagedKernels  # Triton, which only CUDA needs
+
+        self._cache = cache
+        self.device = cache.layers[0].device
+        self.kernels: PagedKernels = PagedKernels()
+
+    def locate(self, layer: int, pages: Sequence[int], start: int, count: int) -> tuple[Tensor, Tensor]:
+        """``layer``'s cache [cache rows, 2 * kv_heads, head_dim], and which of its rows [count] int64 hold tokens
+        ``[start, start + count)`` of ``pages``. Raises IndexError for tokens outside."""
+        return self._cache.layers[layer], self._cache.slots(pages, start, count)
+
+    def mark(self) -> Callable[[], None]:
+        """What it returns makes the stream of whichever thread calls it wait for all that is launched by now."""
+        if self.device.type != "cuda":  # kernels interpreted on the CPU: it has happened
+            return _nothing
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return partial(_await, event, self.device)
+
+
+def device_pages(cache: PagedKV) -> DevicePages | None:
+    """None where KV lies in host memory, or on several ranks' GPUs."""
+    if not isinstance(cache, KVCache) or cache.layers[0].is_cpu:
+        return None
+    return DevicePages(cache)
+
+
+def _await(event: torch.cuda.Event, device: torch.device) -> None:
+    torch.cuda.current_stream(device).wait_event(event)
+
+
+def _nothing() -> None:
+    pass
