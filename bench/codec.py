@@ -195,8 +195,8 @@ def measure(model: Model, text: Sequence[int], plan: Plan, parts: Path, stop_at_
     return {level: total.result() for level, total in totals.items() if total.tokens}
 
 
-def time_s(codec: Codec, keys: Tensor, values: Tensor) -> tuple[float, float]:
-    """Best seconds to encode and to decode one block."""
+def time_s(codec: Codec, keys: Tensor, values: Tensor) -> tuple[float, float, int]:
+    """Best seconds to encode and to decode one block, and its bytes."""
     count, encode_s, decode_s = keys.shape[0], [], []
     room = memoryview(bytearray(codec.bound(count)))
     for _ in range(REPEATS):
@@ -206,11 +206,14 @@ def time_s(codec: Codec, keys: Tensor, values: Tensor) -> tuple[float, float]:
         codec.decode(room[:nbytes], count)
         encode_s.append(encoded_s - started_s)
         decode_s.append(time.perf_counter() - encoded_s)
-    return min(encode_s), min(decode_s)
+    return min(encode_s), min(decode_s), nbytes
 
 
 def speeds(model: Model, text: Sequence[int], dtype: Dtype) -> Iterator[tuple[str, dict[str, float]]]:
-    """GB/s of input (and of output) on one core, by codec; the median over layers of each one's best."""
+    """GB/s of input (and of output) on one core, by codec, the median over layers of each one's best; and bits a value.
+
+    The model computes in float32: float32 KV has all its mantissa bits.
+    """
     subject = Subject(model, SPEED_TOKENS, 1)
     subject.prefill(text)
     shape = (model.spec.layers, model.spec.kv_heads, model.spec.head_dim)
@@ -221,8 +224,11 @@ def speeds(model: Model, text: Sequence[int], dtype: Dtype) -> Iterator[tuple[st
             keys, values = (part.contiguous() for part in kv.chunk(2, dim=1))
             raw = 2 * keys.numel() * keys.element_size()
             times.append(time_s(codec, keys, values))
-        encode_s, decode_s = (statistics.median(each) for each in zip(*times, strict=True))
-        yield name, {"encode_gb_per_s": raw / encode_s / 1e9, "decode_gb_per_s": raw / decode_s / 1e9}
+        encode_s, decode_s, nbytes = (statistics.median(each) for each in zip(*times, strict=True))
+        bits = 8 * nbytes / (raw / keys.element_size())
+        yield name, {
+            "encode_gb_per_s": raw / encode_s / 1e9, "decode_gb_per_s": raw / decode_s / 1e9, "bits_per_value": bits,
+        }  # fmt: skip
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -281,7 +287,8 @@ def speed() -> None:
     report.save("codec-speed", result)
     for dtype, codecs in result.items():
         for name, one in codecs.items():
-            print(f"{dtype:9} {name:10} encode {one['encode_gb_per_s']:6.2f} decode {one['decode_gb_per_s']:6.2f} GB/s")
+            print(f"{dtype:9} {name:10} encode {one['encode_gb_per_s']:6.2f} decode {one['decode_gb_per_s']:6.2f} GB/s "
+                  f"{one['bits_per_value']:5.2f} bits")  # fmt: skip
 
 
 if __name__ == "__main__":

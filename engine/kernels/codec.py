@@ -50,7 +50,8 @@ def _rounded_up(magnitude, wild):
     return tl.where(wild > 0, 0x7F800000, bits)
 
 
-@triton.jit(do_not_specialize=["count"])  # one compilation serves every length
+# One compilation serves every length, and scales that begin anywhere in a block.
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["scales_ptr"])
 def _token_scales(
     rows_ptr, slots_ptr, scales_ptr, count, row_stride, group, largest, TOKENS: tl.constexpr, GROUP_BLOCK: tl.constexpr
 ):
@@ -68,7 +69,7 @@ def _token_scales(
     tl.store(scales_ptr + (head.to(tl.int64) * count + token) * groups + place, (bits >> 16).to(tl.int16), mask=present)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["scales_ptr", "middles_ptr"])
 def _channel_scales(
     rows_ptr, slots_ptr, scales_ptr, middles_ptr, count, row_stride, head_dim, half_top,
     GROUP: tl.constexpr, CHANNELS: tl.constexpr,
@@ -121,7 +122,9 @@ def _scale_index(head, token, channel, count, head_dim, GROUP: tl.constexpr, CHA
     return index
 
 
-@triton.jit(do_not_specialize=["count", "size", "shift", "top"])
+@triton.jit(
+    do_not_specialize=["count", "size", "shift", "top"], do_not_specialize_on_alignment=["scales_ptr", "middles_ptr"]
+)
 def _pack(
     rows_ptr, slots_ptr, scales_ptr, middles_ptr, levels_ptr, count, size, row_stride, head_dim, head_bytes,
     centre, top, shift, WIDTH: tl.constexpr, GROUP: tl.constexpr, CHANNELWISE: tl.constexpr, E4M3: tl.constexpr,
@@ -162,7 +165,7 @@ def _pack(
     tl.store(levels_ptr + head.to(tl.int64) * head_bytes + byte, packed.to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["scales_ptr", "middles_ptr"])
 def _unpack(
     rows_ptr, slots_ptr, scales_ptr, middles_ptr, levels_ptr, count, row_stride, head_dim, head_bytes, centre,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, CHANNELWISE: tl.constexpr, E4M3: tl.constexpr,

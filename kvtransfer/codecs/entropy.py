@@ -7,17 +7,28 @@ Huffman stage, it is 7 % smaller and encodes nearly three times as fast on expon
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvtransfer.codecs.block import CodecError, Words
+
+if TYPE_CHECKING:  # else only by who compresses: kernels are tried on machines that have little more than torch
+    import zstandard
+
+
+def literals() -> zstandard.ZstdCompressionParameters:
+    """Parameters for bytes that repeat only by chance."""
+    import zstandard
+
+    return zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, window_log=17)
 
 
 class Entropy:
     """One thread's compressor and decompressor. Bytes that would not shrink are stored as they are."""
 
     def __init__(self) -> None:
-        import zstandard  # only by who compresses: kernels are tried on machines that have little more than torch
+        import zstandard
 
-        literals = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, window_log=17)
-        self._compressor = zstandard.ZstdCompressor(compression_params=literals)
+        self._compressor = zstandard.ZstdCompressor(compression_params=literals())
         self._decompressor = zstandard.ZstdDecompressor()
 
     def size(self, plain: Words) -> int:
