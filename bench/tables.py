@@ -66,7 +66,7 @@ def recorded(name: str, layout: KVLayout, kv: Tensor) -> tuple[list[tuple[Key, W
     places: list[int] = [-1]
     if isinstance(codec, EvenCodec):  # K's streams are classes of channels, of which a block may lack some
         places = [*np.unique(codec._parts(room, CHUNK, codec._head_bytes).classes).tolist(), -1]
-    streams = [((place,), part) for place, part in zip(places, recorder.given, strict=True)]
+    streams: list[tuple[Key, Words]] = [((place,), part) for place, part in zip(places, recorder.given, strict=True)]
     return streams, nbytes - recorder.packed
 
 
@@ -87,7 +87,9 @@ def dealt(plain: Words, layout: KVLayout, width: int) -> Iterator[tuple[Key, Wor
 def trained(plain: Words) -> zstandard.ZstdCompressionDict | None:
     """None where there is too little to train on."""
     data = plain.tobytes()
-    samples = [data[at : at + SAMPLE_BYTES] for at in range(0, len(data), SAMPLE_BYTES)]
+    samples: list[bytes | bytearray | memoryview] = [
+        data[at : at + SAMPLE_BYTES] for at in range(0, len(data), SAMPLE_BYTES)
+    ]
     try:
         return zstandard.train_dictionary(DICTIONARY_BYTES, samples, k=64, d=8)
     except zstandard.ZstdError:

@@ -74,7 +74,8 @@ def test_groups_of_tokens_and_what_remains(name: str, device: torch.device) -> N
     host, mine = make_codec(name, layout), paged(name, layout)
     layer, slots = torch.randn(200, 2, 8, device=device), torch.randperm(200, device=device)[:131]
     wire, room = bytearray(host.bound(131)), bytearray(mine.bound(131))
-    nbytes = host.encode(*layer[slots].chunk(2, dim=1), memoryview(wire), before=1, after=128)
+    keys, values = layer[slots].chunk(2, dim=1)
+    nbytes = host.encode(keys, values, memoryview(wire), before=1, after=128)
     assert mine.encode(layer, slots, memoryview(room), before=1, after=128) == nbytes
     assert room[:nbytes] == wire[:nbytes]
 
