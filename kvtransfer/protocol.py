@@ -15,11 +15,14 @@ The sender connects and speaks first. The end of the stream is the failure signa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from baton.layout import KVLayout
 from baton.records import Registry
 from baton.request import TokenEvent
-from kvtransfer.signing import BlockKey
+
+if TYPE_CHECKING:  # as with xxhash below
+    from kvtransfer.signing import BlockKey
 
 PROTOCOL = 2
 DIGEST_BYTES = 16
