@@ -153,9 +153,7 @@ def _find_hub(model_id: str) -> Path | None:
 
     try:
         return Path(
-            snapshot_download(
-                model_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT, local_files_only=True
-            )
+            snapshot_download(model_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT, local_files_only=True)
         )
     except (LocalEntryNotFoundError, HFValidationError):
         return None
