@@ -148,7 +148,10 @@ def start_cluster(
 
 @pytest.fixture(scope="session")
 def nixl_cluster(start_cluster: Callable[..., contextlib.AbstractContextManager[Client]]) -> Iterator[Client]:
-    """One prefill and one decode worker with different page sizes, NIXL between them. Exact unless a request wants int8; always a handoff."""
+    """One prefill and one decode worker with different page sizes, NIXL between them.
+
+    Exact unless a request wants int8; always a handoff.
+    """
     with start_cluster(
         "nixl",
         prefill={"page_tokens": 16, "step_tokens": 256, "kv_tokens": 8192},

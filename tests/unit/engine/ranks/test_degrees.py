@@ -21,7 +21,7 @@ from engine.private_cache import PrivateKVCaches
 
 if TYPE_CHECKING:
     from tests.unit.engine.conftest import Harness
-    from tests.unit.engine.ranks.conftest import Collector, Handover, Replica
+    from tests.unit.engine.ranks.conftest import Handover, Replica
 
 PAGES = 128
 
@@ -52,10 +52,11 @@ def make(harness: Harness, wide: Model, replicas: dict[int, Replica]) -> Callabl
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize(("pages", "step_tokens"), [(PAGES, 256), (18, 7)], ids=["whole prompts", "preempted chunks"])
+@pytest.mark.parametrize("room", [(PAGES, 256), (18, 7)], ids=["whole prompts", "preempted chunks"])
 def test_greedy_tokens_equal_one_ranks(
-    harness: Harness, wide: Model, make: Callable[..., Engine], ranks: int, pages: int, step_tokens: int
+    harness: Harness, wide: Model, make: Callable[..., Engine], ranks: int, room: tuple[int, int]
 ) -> None:
+    pages, step_tokens = room
     works = [harness.work(f"r{index}", harness.prompt(5 + 6 * index, seed=index)) for index in range(5)]
     engine = make(ranks, pages=pages, step_tokens=step_tokens)
     assert isinstance(engine.cache, PrivateKVCaches)
