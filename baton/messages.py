@@ -116,7 +116,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a worker holds now. All counters of held things return to zero when it is idle."""
+    """What a worker holds now. All counts of held things return to zero when it is idle."""
 
     waiting: int  # sequences not yet scheduled
     waiting_tokens: int  # prompt tokens not yet computed
@@ -130,6 +130,7 @@ class Load:
     pages_high_water: int = 0
     pages_cached: int = 0  # in the prefix cache, used or free: unlike the others it stays when the worker is idle
     prompt_token_s: float = 0.0  # what a prompt token cost lately, beside whatever else ran; 0 while none was computed
+    connections_refused: int = 0  # since the start: connections that did not prove the cluster key
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Protocol
 
-from baton.errors import BatonError, ProtocolError, Unavailable
+from baton.errors import BatonError, Internal, ProtocolError, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
 from baton.messages import HEARTBEAT_S, PLANE, Failed, Hello, Load
@@ -112,3 +112,8 @@ def answer(link: FrameStream, record: object) -> None:
 def failure(request_id: str, error: BatonError) -> Failed:
     """``error`` as the record that tells a router about it."""
     return Failed(request_id, error.code, error.message, error.field, error.retry_after_ms)
+
+
+def broke(link: FrameStream, request_id: str) -> None:
+    """Tells a router that its request died of a bug here, so that nobody waits for its deadline."""
+    answer(link, failure(request_id, Internal("internal error; the worker's log has the details")))

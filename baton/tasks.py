@@ -7,11 +7,12 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from baton.errors import ProtocolError
 
 T = TypeVar("T")
+Owner = TypeVar("Owner", bound=Hashable)
 log = logging.getLogger(__name__)
 
 
@@ -34,17 +35,19 @@ async def on_own_thread(call: Callable[[], T]) -> T:
     return await asyncio.wrap_future(future)
 
 
-class Jobs:
+class Jobs(Generic[Owner]):
     """Tasks keyed by (owner, request id); an owner that goes away takes its tasks with it."""
 
-    def __init__(self) -> None:
-        self._tasks: dict[Hashable, dict[str, asyncio.Task[None]]] = {}
+    def __init__(self, broke: Callable[[Owner, str], None]) -> None:
+        """``broke(owner, request id)`` is called when a task died of an error that it did not answer itself."""
+        self._broke = broke
+        self._tasks: dict[Owner, dict[str, asyncio.Task[None]]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._tasks.values()))
 
-    def start(self, owner: Hashable, request_id: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
-        """Runs ``work()`` until it ends or is cancelled. Its own errors are its to answer; others are logged here."""
+    def start(self, owner: Owner, request_id: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Runs ``work()`` until it ends or is cancelled. Errors that it lets out are logged and ``broke``."""
         tasks = self._tasks.setdefault(owner, {})
         if request_id in tasks:
             raise ProtocolError(f"request id {request_id} is in use on this connection")
@@ -52,12 +55,12 @@ class Jobs:
         tasks[request_id] = task
         task.add_done_callback(lambda done: self._ended(owner, request_id, done))
 
-    def cancel(self, owner: Hashable, request_id: str) -> None:
+    def cancel(self, owner: Owner, request_id: str) -> None:
         task = self._tasks.get(owner, {}).get(request_id)
         if task is not None:
             task.cancel()
 
-    def cancel_all(self, owner: Hashable) -> None:
+    def cancel_all(self, owner: Owner) -> None:
         for task in list(self._tasks.get(owner, {}).values()):
             task.cancel()
 
@@ -69,7 +72,7 @@ class Jobs:
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
 
-    def _ended(self, owner: Hashable, request_id: str, task: asyncio.Task[None]) -> None:
+    def _ended(self, owner: Owner, request_id: str, task: asyncio.Task[None]) -> None:
         tasks = self._tasks.get(owner, {})
         if tasks.get(request_id) is task:
             del tasks[request_id]
@@ -77,3 +80,4 @@ class Jobs:
             self._tasks.pop(owner, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("request %s: %r", request_id, error, exc_info=error)
+            self._broke(owner, request_id)

@@ -181,7 +181,7 @@ class SendEnd:
         """Sends ``nbytes`` of its own cache over a plain connection, one block after the other."""
 
         def send() -> None:
-            block = memoryview(self._pages.cache.layers[0].view(torch.uint8).flatten().numpy())[: 1 << 20]
+            block = self._pages.cache.layers[0].view(torch.uint8).flatten().numpy().data[: 1 << 20]
             with socket.create_connection((host, port)) as sock:
                 for _ in range(nbytes // len(block) + 1):
                     sock.sendall(block)

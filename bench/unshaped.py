@@ -79,7 +79,7 @@ def nixl_rate(prompt: Prompt, ucx_tls: str, page_tokens: int, repeats: int) -> f
     with Remote(NixlEnd, core=0) as active, Remote(NixlEnd, core=1) as passive:
         metadata, pages = passive.call("start", "passive", ucx_tls, *shape, True)
         active.call("start", "active", ucx_tls, *shape, False)
-        times = active.call("read", metadata, pages, repeats + 1)[1:]  # the first one connects
+        times: list[float] = active.call("read", metadata, pages, repeats + 1)[1:]  # the first one connects
     return shape[0] * shape[1] / statistics.median(times) / 1e9
 
 

@@ -22,7 +22,7 @@ from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
 from baton.messages import Cancel, Decode, Granted, Hello, Inspect, Load, Probe, Report, Reserve, Tokens
-from baton.plane import PlaneServer, answer, failure
+from baton.plane import PlaneServer, answer, broke, failure
 from baton.request import TokenEvent, Work
 from baton.secure import load_key
 from baton.tasks import Jobs
@@ -65,7 +65,7 @@ class DecodeWorker:
         self.layout = self._engine.layout
         self._loop = EngineLoop(self._engine, self._computed, self._broke)
         identity = {"worker_id": worker_id, "generation": self.generation}
-        guard = Guard(load_key(config.security))
+        guard = self._guard = Guard(load_key(config.security))
         device = self._on_device = device_pages(self._engine.cache)
         accelerator = None if device is None else Accelerator(device.kernels, device.device)
         self._receiver = Receiver(
@@ -74,7 +74,7 @@ class DecodeWorker:
         hello = Hello(role="decode", layout=self.layout.family, dtype=self.layout.dtype, **identity)
         self._plane = PlaneServer(self, hello, host=host, guard=guard)
         self._jobs: dict[str, _Job] = {}
-        self._tasks = Jobs()
+        self._tasks = Jobs(broke)
         self._probes = Probes(
             self.layout,
             config.handoff,
@@ -137,6 +137,7 @@ class DecodeWorker:
             buffer_bytes_used=landing.landing_bytes_used,
             buffer_bytes_total=landing.landing_bytes_total,
             buffer_bytes_quarantined=landing.quarantined_bytes,
+            connections_refused=self._guard.refused,
         )
 
     # ---- one request

@@ -171,10 +171,13 @@ class _WorkerReplica:
         # Before the model's threads and ranks start: they stay where their process is.
         self._cores = affinity.pin(_threads(config, pool) * pool.tensor_parallel) if pool.pin else None
         model, ranks = await on_own_thread(partial(_load, config, pool))
-        # It waits for the ranks and compiles what its kernels need, which the event loop must not.
-        self._worker = await asyncio.to_thread(
-            self._worker_class, model, config, worker_id=context.replica_id.unique_id, host=self._host, ranks=ranks
-        )
+
+        def make() -> PrefillWorker | DecodeWorker:
+            return self._worker_class(
+                model, config, worker_id=context.replica_id.unique_id, host=self._host, ranks=ranks
+            )
+
+        self._worker = await on_own_thread(make)  # it waits for the ranks and compiles what its kernels need
         await self._worker.start()
 
     def record_replica_metadata(self) -> dict[str, str | int]:

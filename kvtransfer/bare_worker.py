@@ -20,7 +20,7 @@ from baton.frames import FrameStream
 from baton.guard import Guard
 from baton.layout import KVLayout
 from baton.messages import Cancel, Hello, Inspect, Load, Probe
-from baton.plane import PlaneServer
+from baton.plane import PlaneServer, broke
 from baton.secure import ClusterKey
 from baton.tasks import Jobs
 from kvtransfer.probe import Probes
@@ -56,9 +56,9 @@ class BareWorker:
 
     def __init__(self, order: Order) -> None:
         name, generation = f"bare-{order.role}", secrets.token_hex(8)
-        guard = Guard(ClusterKey(order.key))
+        guard = self._guard = Guard(ClusterKey(order.key))
         self._end = _end(order, guard, name, generation)
-        self._tasks = Jobs()
+        self._tasks = Jobs(broke)
         self._probes = Probes(
             order.layout, order.handoff, worker_id=name, host=HOST, load=self.load, own=self._end, key=guard.key
         )
@@ -91,11 +91,11 @@ class BareWorker:
     def load(self) -> Load:
         if isinstance(self._end, Sender):
             sent = self._end.stats()
-            return Load(0, 0, 0, 0, 0, sent.handoffs, sent.staging_bytes_used, sent.staging_bytes_total, 0)
-        held = self._end.stats()
-        return Load(
-            0, 0, 0, 0, 0, held.leases, held.landing_bytes_used, held.landing_bytes_total, held.quarantined_bytes
-        )
+            held = (sent.handoffs, sent.staging_bytes_used, sent.staging_bytes_total, 0)
+        else:
+            got = self._end.stats()
+            held = (got.leases, got.landing_bytes_used, got.landing_bytes_total, got.quarantined_bytes)
+        return Load(0, 0, 0, 0, 0, *held, connections_refused=self._guard.refused)
 
 
 def _end(order: Order, guard: Guard, worker_id: str, generation: str) -> Sender | Receiver:

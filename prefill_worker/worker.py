@@ -22,7 +22,7 @@ from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
 from baton.messages import Cancel, Failed, Handed, Hello, Inspect, Load, Prefill, Probe, Report, Tokens
-from baton.plane import PlaneServer, answer, failure
+from baton.plane import PlaneServer, answer, broke, failure
 from baton.request import TokenEvent, Work
 from baton.secure import load_key
 from baton.tasks import Jobs
@@ -63,7 +63,7 @@ class PrefillWorker:
         self.layout = self._engine.layout
         self._loop = EngineLoop(self._engine, self._computed, self._broke)
         identity = {"worker_id": worker_id, "generation": self.generation}
-        guard = Guard(load_key(config.security))
+        guard = self._guard = Guard(load_key(config.security))
         device = self._on_device = device_pages(self._engine.cache)
         accelerator = None if device is None else Accelerator(device.kernels, device.device)
         self._sender = Sender(
@@ -72,7 +72,7 @@ class PrefillWorker:
         hello = Hello(role="prefill", layout=self.layout.family, dtype=self.layout.dtype, **identity)
         self._plane = PlaneServer(self, hello, host=host, guard=guard)
         self._jobs: dict[str, _Job] = {}
-        self._tasks = Jobs()
+        self._tasks = Jobs(broke)
         self._probes = Probes(
             self.layout, config.handoff, worker_id=worker_id, host=host, load=self.load, own=self._sender, key=guard.key
         )
@@ -126,6 +126,7 @@ class PrefillWorker:
             buffer_bytes_used=staging.staging_bytes_used,
             buffer_bytes_total=staging.staging_bytes_total,
             buffer_bytes_quarantined=0,
+            connections_refused=self._guard.refused,
         )
 
     # ---- one request

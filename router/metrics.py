@@ -12,7 +12,8 @@ from baton.wire import inference_pb2 as pb
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OUTCOMES = ("refused", "completed", "failed", "cancelled")
-LOADS = tuple(field.name for field in pb.Load.DESCRIPTOR.fields)
+COUNTED = "connections_refused"  # the one field of Load that only grows
+HELD = tuple(field.name for field in pb.Load.DESCRIPTOR.fields if field.name != COUNTED)
 
 
 class _Status(Collector):
@@ -46,13 +47,13 @@ def _router(router: pb.RouterStatus) -> Iterator[Metric]:
 
 
 def _workers(status: pb.GetStatusResponse) -> Iterator[Metric]:
-    """Every field of Load as a gauge, and whether the worker is in use."""
+    """Every field of Load, and whether the worker is in use."""
     labels = ["role", "worker"]
     ready = GaugeMetricFamily("baton_worker_ready", "1 while the router can use the worker.", labels=labels)
-    loads = {
-        name: GaugeMetricFamily(f"baton_worker_{name}", f"Load.{name} of the contract.", labels=labels)
-        for name in LOADS
+    loads: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
+        name: GaugeMetricFamily(f"baton_worker_{name}", f"Load.{name} of the contract.", labels=labels) for name in HELD
     }
+    loads[COUNTED] = CounterMetricFamily(f"baton_worker_{COUNTED}", f"Load.{COUNTED} of the contract.", labels=labels)
     for pool in status.pools:
         for worker in pool.workers:
             ready.add_metric([pool.role, worker.id], worker.state == pb.WORKER_STATE_READY)

@@ -313,7 +313,7 @@ class Worker(_message.Message):
     def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., generation: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., load_age_s: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting", "waiting_tokens", "running", "pages_used", "pages_total", "handoffs", "buffer_bytes_used", "buffer_bytes_total", "buffer_bytes_quarantined", "pages_high_water", "pages_cached", "prompt_token_s")
+    __slots__ = ("waiting", "waiting_tokens", "running", "pages_used", "pages_total", "handoffs", "buffer_bytes_used", "buffer_bytes_total", "buffer_bytes_quarantined", "pages_high_water", "pages_cached", "prompt_token_s", "connections_refused")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -326,6 +326,7 @@ class Load(_message.Message):
     PAGES_HIGH_WATER_FIELD_NUMBER: _ClassVar[int]
     PAGES_CACHED_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     waiting_tokens: int
     running: int
@@ -338,7 +339,8 @@ class Load(_message.Message):
     pages_high_water: int
     pages_cached: int
     prompt_token_s: float
-    def __init__(self, waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., handoffs: _Optional[int] = ..., buffer_bytes_used: _Optional[int] = ..., buffer_bytes_total: _Optional[int] = ..., buffer_bytes_quarantined: _Optional[int] = ..., pages_high_water: _Optional[int] = ..., pages_cached: _Optional[int] = ..., prompt_token_s: _Optional[float] = ...) -> None: ...
+    connections_refused: int
+    def __init__(self, waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., handoffs: _Optional[int] = ..., buffer_bytes_used: _Optional[int] = ..., buffer_bytes_total: _Optional[int] = ..., buffer_bytes_quarantined: _Optional[int] = ..., pages_high_water: _Optional[int] = ..., pages_cached: _Optional[int] = ..., prompt_token_s: _Optional[float] = ..., connections_refused: _Optional[int] = ...) -> None: ...
 
 class RouterStatus(_message.Message):
     __slots__ = ("id", "inflight", "accepted", "refused", "completed", "failed", "cancelled", "tokens")

@@ -8,12 +8,14 @@ is no fence: an unfinished one is kept and polled until it ends, and only then i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -41,13 +43,30 @@ class _Report:
         self._file: int | None = None
         self._complained = 0
         self._lock = threading.Lock()
+        self._environment = threading.Lock()
 
-    def redirect(self) -> None:
-        """Call before UCX is loaded: it reads these variables then, and only then."""
-        if "UCX_LOG_FILE" not in os.environ:
+    @contextlib.contextmanager
+    def redirected(self) -> Iterator[None]:
+        """For the time in which an agent is made: UCX reads these variables when it is loaded and when it makes one.
+
+        Afterwards the environment is as before: a child process has no such descriptor, and its UCX would end it.
+        """
+        with self._environment:
+            ours = self._variables()
+            os.environ.update(ours)
+            try:
+                yield
+            finally:
+                for name in ours:
+                    del os.environ[name]
+
+    def _variables(self) -> dict[str, str]:
+        if "UCX_LOG_FILE" in os.environ:
+            return {}
+        if self._file is None:
             self._file = os.memfd_create("ucx-log")
-            os.environ["UCX_LOG_FILE"] = f"/proc/self/fd/{self._file}"
-            os.environ.setdefault("UCX_PROTO_INFO", "y")
+        ours = {"UCX_LOG_FILE": f"/proc/self/fd/{self._file}", "UCX_PROTO_INFO": "y"}
+        return {name: value for name, value in ours.items() if name not in os.environ}
 
     def read(self) -> str:
         """Everything that UCX wrote so far; its new complaints go to this process's own log."""
@@ -77,12 +96,12 @@ def _bindings(ucx_tls: str) -> Any:
     if _process_tls is None:
         if ucx_tls:
             os.environ["UCX_TLS"] = ucx_tls
-        report.redirect()
         _process_tls = ucx_tls
     elif _process_tls != ucx_tls:
         raise ConfigError(f"this process already uses {_process_tls!r}, got {ucx_tls!r}", field="handoff.ucx_tls")
     try:
-        return importlib.import_module("nixl")._bindings
+        with report.redirected():
+            return importlib.import_module("nixl")._bindings
     except ImportError as error:
         raise ConfigError(f"transport nixl: {error}; install nixl or choose tcp", field="handoff.transport") from None
 
@@ -99,8 +118,9 @@ class _Agent:
         self.name, self.memory = name, memory
         self.lock = threading.Lock()
         try:
-            self.nixl = self.b.nixlAgent(name, config)
-            self.nixl.createBackend("UCX", {})
+            with report.redirected():
+                self.nixl = self.b.nixlAgent(name, config)
+                self.nixl.createBackend("UCX", {})
             self._registered = self.b.nixlRegDList(self.b.DRAM_SEG)
             self._registered.addDesc((memory.address, memory.nbytes, 0, ""))
             self.nixl.registerMem(self._registered, [])

@@ -11,7 +11,8 @@ import pytest
 from baton.errors import Overloaded
 from baton.frames import FrameStream
 from baton.messages import HEARTBEAT_S, PLANE, Cancel, Failed, Hello, Load
-from baton.plane import LOAD_CHANGED_S, PlaneServer, answer, failure
+from baton.plane import LOAD_CHANGED_S, PlaneServer, answer, broke, failure
+from baton.tasks import Jobs
 
 HOST = "127.0.0.1"
 HELLO = Hello(role="decode", worker_id="d1", generation="g1", layout="0" * 16, dtype="float32")
@@ -137,3 +138,28 @@ async def test_closing_ends_every_connection(worker: tuple[Worker, PlaneServer])
         while await receive(link) is not None:
             pass
     assert handler.left.qsize() == 1
+
+
+async def test_a_request_that_dies_of_a_bug_is_answered_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Worker):
+        jobs = Jobs(broke)
+
+        def received(self, link: FrameStream, record: object) -> None:
+            assert isinstance(record, Cancel)
+            self.jobs.start(link, record.request_id, self.die)
+
+        async def die(self) -> None:
+            {}["missing"]
+
+    server = PlaneServer(Broken(), HELLO, host=HOST)
+    await server.start()
+    reader, writer = await asyncio.open_connection(HOST, server.port)
+    link = FrameStream(reader, writer, PLANE)
+    link.send(Cancel("r1"))
+    async with asyncio.timeout(5.0):
+        while not isinstance(record := await link.receive(), Failed):
+            pass
+    assert (record.request_id, record.code) == ("r1", "INTERNAL")
+    assert "KeyError" in caplog.text
+    link.abort()
+    await server.close()

@@ -28,13 +28,17 @@ class Waiting:
         self.ended = "done"
 
 
+def unexpected(owner: str, request_id: str) -> None:
+    raise AssertionError(f"{request_id} of {owner} broke")
+
+
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
 
 
 async def test_a_finished_task_is_forgotten() -> None:
-    jobs, work = Jobs(), Waiting()
+    jobs, work = Jobs(unexpected), Waiting()
     jobs.start("a", "1", work)
     assert len(jobs) == 1
     work.go.set()
@@ -44,7 +48,7 @@ async def test_a_finished_task_is_forgotten() -> None:
 
 
 async def test_cancel_ends_one_request_of_one_owner() -> None:
-    jobs, first, other, elsewhere = Jobs(), Waiting(), Waiting(), Waiting()
+    jobs, first, other, elsewhere = Jobs(unexpected), Waiting(), Waiting(), Waiting()
     jobs.start("a", "1", first)
     jobs.start("a", "2", other)
     jobs.start("b", "1", elsewhere)  # two routers may use the same id
@@ -59,7 +63,7 @@ async def test_cancel_ends_one_request_of_one_owner() -> None:
 
 
 async def test_an_owner_that_goes_takes_its_tasks_along() -> None:
-    jobs, works, elsewhere = Jobs(), [Waiting() for _ in range(5)], Waiting()
+    jobs, works, elsewhere = Jobs(unexpected), [Waiting() for _ in range(5)], Waiting()
     for index, work in enumerate(works):
         jobs.start("a", str(index), work)
     jobs.start("b", "0", elsewhere)
@@ -76,7 +80,7 @@ async def test_an_owner_that_goes_takes_its_tasks_along() -> None:
 
 
 async def test_an_id_in_use_is_refused_and_the_first_goes_on() -> None:
-    jobs, first, second = Jobs(), Waiting(), Waiting()
+    jobs, first, second = Jobs(unexpected), Waiting(), Waiting()
     jobs.start("a", "1", first)
     with pytest.raises(ProtocolError, match="in use"):
         jobs.start("a", "1", second)
@@ -88,7 +92,7 @@ async def test_an_id_in_use_is_refused_and_the_first_goes_on() -> None:
 
 
 async def test_close_does_not_wait_for_ever() -> None:
-    jobs, released = Jobs(), asyncio.Event()
+    jobs, released = Jobs(unexpected), asyncio.Event()
 
     async def stubborn() -> None:
         while not released.is_set():
@@ -105,16 +109,18 @@ async def test_close_does_not_wait_for_ever() -> None:
     await settle()
 
 
-async def test_an_error_nobody_answered_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_nobody_answered_is_logged_and_told(caplog: pytest.LogCaptureFixture) -> None:
     async def broken() -> None:
         raise RuntimeError("lost my way")
 
-    jobs = Jobs()
+    told: list[tuple[str, str]] = []
+    jobs = Jobs[str](lambda owner, request_id: told.append((owner, request_id)))
     with caplog.at_level(logging.ERROR):
         jobs.start("a", "request-7", broken)
         await settle()
     assert "request-7" in caplog.text
     assert "lost my way" in caplog.text
+    assert told == [("a", "request-7")]
     assert len(jobs) == 0
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +20,14 @@ from kvtransfer.arena import HostMemory
 from kvtransfer.transports import FetchLost, make_exporter, make_fetcher
 from kvtransfer.transports.data_port import dial, receive
 from kvtransfer.transports.proof import Proof
+
+NIXL_CHILD = """
+from baton.config import TlsConfig
+from kvtransfer.arena import HostMemory
+from kvtransfer.transports import make_exporter
+make_exporter("nixl", HostMemory(4096), name="child", host="127.0.0.1", ucx_tls="", tls=TlsConfig()).close()
+print("made")
+"""
 
 
 @pytest.fixture
@@ -324,3 +334,17 @@ def test_what_cannot_work_here_is_a_configuration_error(make, landing, monkeypat
     monkeypatch.setitem(sys.modules, "nixl", None)
     with pytest.raises(ConfigError, match="install nixl or choose tcp"):
         make("nixl", landing, name="x", ucx_tls="", **more)
+
+
+def test_a_child_of_a_process_with_nixl_can_use_nixl_too(landing):
+    """UCX writes into a descriptor of this process; a child that were told so has no such file, and dies of it."""
+    before = dict(os.environ)
+    exporter = make_exporter("nixl", landing, name="parent", host="127.0.0.1", ucx_tls="", tls=TlsConfig())
+    try:
+        assert dict(os.environ) == before
+        ran = subprocess.run(
+            [sys.executable, "-c", NIXL_CHILD], check=False, capture_output=True, text=True, timeout=60.0
+        )
+    finally:
+        exporter.close()
+    assert (ran.returncode, ran.stdout.strip()) == (0, "made"), ran.stderr
