@@ -191,6 +191,8 @@ def test_greedy_tokens_equal_transformers(pair: Pair, harness: Harness, kind: st
 class ThreadComm:
     """One of some ranks that are threads: sums and gathers go through a list and a barrier."""
 
+    device = torch.device("cpu")
+
     def __init__(self, rank: int, barrier: threading.Barrier, parts: list[torch.Tensor | None]) -> None:
         self.rank, self.ranks = rank, barrier.parties
         self._barrier, self._parts = barrier, parts
@@ -201,6 +203,9 @@ class ThreadComm:
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         parts = self._exchange(part)
         return torch.cat(parts, dim=-1) if self.rank == 0 else part
+
+    def settle(self) -> None:
+        """A sum is done when its call returns."""
 
     def _exchange(self, part: torch.Tensor) -> list[torch.Tensor]:
         self._parts[self.rank] = part

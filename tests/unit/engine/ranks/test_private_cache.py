@@ -176,7 +176,10 @@ def test_a_rank_whose_step_stands_still_copies_no_more(
     monkeypatch.setattr(two.comms[1], "await_round", lambda number, timeout_s: wait(number, 0.1))
     with pytest.raises(RankLost, match="rank 1 is lost: it copies no more"):
         two.cache.gather(0, (0,), 0, 1)
-    assert "1 rounds behind" in caplog.text
+    deadline_s = time.monotonic() + 5.0
+    while "1 rounds behind" not in caplog.text:  # the rank's thread says so once it has closed its end
+        assert time.monotonic() < deadline_s, caplog.text
+        time.sleep(0.01)
 
 
 def test_a_rank_that_is_gone_is_lost_at_once(replica: Callable[..., Replica]) -> None:
