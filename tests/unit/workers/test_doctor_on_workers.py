@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from baton.config import Config, parse
 from baton.secure import KEY_VARIABLE, ClusterKey
-from decode_worker.worker import DecodeWorker
 from deploy.doctor import examine
 from deploy.doctor.findings import Finding, exit_code
 from engine.build import load_model
-from prefill_worker.worker import PrefillWorker
-from router.peers import WorkerAddress
 from router.service import InferenceService
 
-HOST, KEY = "127.0.0.1", "k" * 40
+if TYPE_CHECKING:
+    from tests.unit.workers.conftest import Serve
+
+KEY = "k" * 40
 CONFIG = parse(
     {
         "model": {"dtype": "float32", "max_context": 512},
@@ -30,24 +31,12 @@ CONFIG = parse(
 
 
 @pytest.fixture
-async def service(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[InferenceService]:
+async def service(serve: Serve, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[InferenceService]:
     """A router that knows one prefill and one decode worker."""
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     model = await asyncio.to_thread(load_model, model_folder, "float32", 1, None)
-    prefill = PrefillWorker(model, CONFIG, worker_id="p", host=HOST)
-    decode = DecodeWorker(model, CONFIG, worker_id="d", host=HOST)
-    service = InferenceService(CONFIG, model_folder, router_id="r")
-    await prefill.start()
-    await decode.start()
-    service.pools.update("prefill", [WorkerAddress("prefill", "p", HOST, prefill.port, prefill.generation)])
-    service.pools.update("decode", [WorkerAddress("decode", "d", HOST, decode.port, decode.generation)])
-    async with asyncio.timeout(10):
-        while not service.ready:
-            await asyncio.sleep(0.02)
-    yield service
-    await service.close()
-    await prefill.close()
-    await decode.close()
+    async with serve(model, CONFIG) as service:
+        yield service
 
 
 async def examined(service: InferenceService, config: Config | None, key: str | None) -> list[Finding]:
@@ -62,7 +51,8 @@ def held(service: InferenceService) -> int:
 
 async def test_workers_of_a_cluster_are_examined_and_left_as_they_were(service: InferenceService) -> None:
     found = await examined(service, CONFIG, KEY)
-    assert [one for one in found if one.status != "ok"] == []
+    # How fast a handoff is depends on what else this machine does: slow is a warning, and only there.
+    assert [one for one in found if one.status != "ok" and (one.check, one.status) != ("handoff, raw", "warn")] == []
     pairs = {one.subject for one in found if one.check == "handoff, raw"}
     assert pairs == {"prefill p -> decode d", "decode d -> prefill p"}
     assert {one.found for one in found if one.check == "transport"} == {"tcp"}

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,17 +17,16 @@ import decode_worker.worker
 import prefill_worker.worker
 from baton.config import parse
 from baton.wire import inference_pb2 as pb
-from decode_worker.worker import DecodeWorker
 from engine.build import load_model
 from engine.cache import KVCache, PagedKV
 from engine.device_pages import DevicePages
 from engine.kernels.codec import PagedKernels
 from engine.model import Model
-from prefill_worker.worker import PrefillWorker
-from router.peers import WorkerAddress
-from router.service import InferenceService
 
-HOST, CODECS = "127.0.0.1", ("raw", "lossless")
+if TYPE_CHECKING:
+    from tests.unit.workers.conftest import Serve
+
+CODECS = ("raw", "lossless")
 CONFIG = parse(
     {
         "model": {"dtype": "float32", "max_context": 512},
@@ -54,37 +54,25 @@ class OneAtATime:
         return call
 
 
-async def answers(model: Model, folder: Path) -> list[list[int]]:
+async def answers(serve: Serve, model: Model) -> list[list[int]]:
     """Tokens of one greedy request by codec."""
-    prefill = PrefillWorker(model, CONFIG, worker_id="p", host=HOST)
-    decode = DecodeWorker(model, CONFIG, worker_id="d", host=HOST)
-    service = InferenceService(CONFIG, folder, router_id="r")
-    await prefill.start()
-    await decode.start()
-    service.pools.update("prefill", [WorkerAddress("prefill", "p", HOST, prefill.port, prefill.generation)])
-    service.pools.update("decode", [WorkerAddress("decode", "d", HOST, decode.port, decode.generation)])
-    async with asyncio.timeout(10):
-        while not service.ready:
-            await asyncio.sleep(0.02)
     found = []
-    for codec in CODECS:
-        request = pb.GenerateRequest(
-            prompt=PROMPT, sampling=pb.Sampling(temperature=0.0, max_tokens=8), handoff=pb.Handoff(codec=codec)
-        )
-        tokens: list[int] = []
-        async for response in service.stream(request, arrived_s=time.monotonic()):
-            tokens += response.token_ids
-        found.append(tokens)
-    await service.close()
-    await prefill.close()
-    await decode.close()
+    async with serve(model, CONFIG) as service:
+        for codec in CODECS:
+            request = pb.GenerateRequest(
+                prompt=PROMPT, sampling=pb.Sampling(temperature=0.0, max_tokens=8), handoff=pb.Handoff(codec=codec)
+            )
+            tokens: list[int] = []
+            async for response in service.stream(request, arrived_s=time.monotonic()):
+                tokens += response.token_ids
+            found.append(tokens)
     return found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the workers find the GPU's pages by themselves")
-async def test_tokens_are_the_same(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tokens_are_the_same(serve: Serve, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = await asyncio.to_thread(load_model, model_folder, "float32", 1)
-    copied = await answers(model, model_folder)
+    copied = await answers(serve, model)
     assert all(len(tokens) == 8 for tokens in copied)
 
     kernels = OneAtATime()
@@ -97,5 +85,5 @@ async def test_tokens_are_the_same(model_folder: Path, monkeypatch: pytest.Monke
 
     for module in (prefill_worker.worker, decode_worker.worker):
         monkeypatch.setattr(module, "device_pages", reached)
-    assert await answers(model, model_folder) == copied
+    assert await answers(serve, model) == copied
     assert kernels.calls.keys() == {"gather", "scatter", "split", "join"}
