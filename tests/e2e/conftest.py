@@ -43,8 +43,8 @@ class Answer:
 class Client:
     """The generated stub, with answers collected."""
 
-    def __init__(self, address: str, http: str) -> None:
-        self.address, self.http = address, http
+    def __init__(self, address: str, http: str, home: Path) -> None:
+        self.address, self.http, self.home = address, http, home
         self.channel = grpc.insecure_channel(address, options=MESSAGE_LIMIT)
         self.stub = inference_pb2_grpc.InferenceStub(self.channel)
 
@@ -113,12 +113,21 @@ class Client:
             time.sleep(0.1)
 
 
+@contextlib.contextmanager
+def _living_in(home: Path) -> Iterator[None]:
+    """Only while a cluster starts or ends: other tests run between the two, and must see the machine's own HOME."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("BATON_HOME", str(home / ".baton"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def start_cluster(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path
 ) -> Callable[..., contextlib.AbstractContextManager[Client]]:
     """A function that starts a cluster for the given configuration and yields a client of it."""
-    del model_folder  # resolved once, before HOME changes
+    del model_folder  # resolved once, in the machine's own HOME
     cache_dir = str(Path("~/.cache/baton").expanduser())
 
     @contextlib.contextmanager
@@ -128,20 +137,19 @@ def start_cluster(
         tree["ingress"] = {"grpc_port": ports, "http_port": ports + 1}
         config: Config = parse({"name": name, **tree})
         home = tmp_path_factory.mktemp(name)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HOME", str(home))
-            patch.setenv("BATON_HOME", str(home / ".baton"))
-            lines: list[str] = []
+        lines: list[str] = []
+        with _living_in(home):
             endpoints = local.up(config, progress=lines.append)
-            try:
-                client = Client(endpoints.grpc, endpoints.http)
-                client.wait_ready(config.prefill.replicas, config.decode.replicas)
-                with client.channel:
-                    yield client
-            finally:
-                family = psutil.Process(endpoints.pid).children(recursive=True)
+        try:
+            client = Client(endpoints.grpc, endpoints.http, home / ".baton")
+            client.wait_ready(config.prefill.replicas, config.decode.replicas)
+            with client.channel:
+                yield client
+        finally:
+            family = psutil.Process(endpoints.pid).children(recursive=True)
+            with _living_in(home):
                 assert local.down(name, progress=lines.append)
-                assert not [process for process in family if process.is_running()], lines
+            assert not [process for process in family if process.is_running()], lines
 
     return start
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -30,9 +29,9 @@ def cluster(start_cluster: Callable[..., Any]) -> Iterator[Any]:
         yield client
 
 
-def key_file() -> Path:
-    """In the state folder, which the fixture put under $BATON_HOME while the cluster runs."""
-    return Path(os.environ["BATON_HOME"]) / "clusters" / "trust" / "cluster.key"
+def key_file(cluster: Any) -> Path:
+    """In the cluster's state folder."""
+    return Path(cluster.home) / "clusters" / "trust" / "cluster.key"
 
 
 def worker_ports(client: Any) -> list[int]:
@@ -44,7 +43,7 @@ def worker_ports(client: Any) -> list[int]:
 
 
 def test_the_key_is_this_users_and_in_no_log_or_command_line(cluster: Any) -> None:
-    path = key_file()
+    path = key_file(cluster)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     key = path.read_text().strip()
     assert len(key) >= 48
@@ -64,7 +63,8 @@ async def test_a_stranger_gets_no_hello_and_a_member_does(cluster: Any) -> None:
     stranger.abort()
     with pytest.raises(Unavailable, match="another cluster key"):
         await FrameStream.connect(host, int(port), PLANE, timeout_s=5.0, key=ClusterKey("x" * 40))
-    member = await FrameStream.connect(host, int(port), PLANE, timeout_s=5.0, key=ClusterKey(key_file().read_text()))
+    key = ClusterKey(key_file(cluster).read_text())
+    member = await FrameStream.connect(host, int(port), PLANE, timeout_s=5.0, key=key)
     assert type(await member.receive()).__name__ == "Hello"
     member.abort()
 
