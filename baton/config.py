@@ -8,52 +8,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from baton.config_handoff import HandoffConfig
+from baton.config_types import Count, Frozen, Port, Seconds
 from baton.errors import ConfigError
 
-CodecName = Literal[
-    "raw", "lossless", "int8", "int8-zstd", "int6", "int6-zstd", "fp8", "fp8-zstd", "int4", "int4-zstd",
-    "int3-zstd", "int2", "int2-zstd",
-]  # fmt: skip
-CodecChoice = Literal["auto", CodecName]
-TransportName = Literal["nixl", "tcp", "gloo", "loopback"]
-QualityFloor = Literal["exact", "int8", "int6", "fp8", "int4", "int3", "int2"]  # falling, as measured: ADR 8
-CODECS: tuple[str, ...] = get_args(CodecName)
-EXACT_CODECS: frozenset[str] = frozenset(("raw", "lossless"))  # what lands is what was sent, to the last bit
-TRANSPORTS: tuple[str, ...] = get_args(TransportName)
-FLOORS: tuple[str, ...] = get_args(QualityFloor)
-# How far down the floors each codec lies: an entropy coded one is at least as good as the plain one of its name.
-LOSS: dict[str, int] = {
-    codec: 0 if codec in ("raw", "lossless") else FLOORS.index(codec.removesuffix("-zstd")) for codec in CODECS
-}
 
-AUTO = "auto"  # instead of a codec's name: any that the floor allows
-
-
-def codecs_within(floor: str) -> tuple[str, ...]:
-    """The codecs that ``floor`` allows, the exact ones first."""
-    return tuple(codec for codec in CODECS if LOSS[codec] <= FLOORS.index(floor))
-
-
-def codecs_allowed(codec: str, floor: str) -> tuple[str, ...]:
-    """What a request's blocks may be encoded with: ``codec``, or for ``auto`` all that ``floor`` allows."""
-    return codecs_within(floor) if codec == AUTO else (codec,)
-
-
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Port = Annotated[int, Field(ge=1, le=65535)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
-
-
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     id: Annotated[str, Field(min_length=1)] = Field(
         default="smollm2-135m-instruct",
         description="Embedded model name, Hugging Face folder or hub id, or a .gguf file.",
@@ -68,7 +33,7 @@ class ModelConfig(_Frozen):
     )
 
 
-class PoolConfig(_Frozen):
+class PoolConfig(Frozen):
     replicas: Annotated[int, Field(ge=0)] = Field(default=1, description="Worker processes in this pool.")
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(
         default=1,
@@ -108,58 +73,7 @@ class PoolConfig(_Frozen):
         return self
 
 
-class TlsConfig(_Frozen):
-    """Mutual TLS: each side shows ``cert`` and takes nobody whose certificate ``ca`` did not sign."""
-
-    cert: str = Field(default="", description="PEM file with this worker's certificate; empty: no TLS.")
-    key: str = Field(default="", description="PEM file with the certificate's private key, without a passphrase.")
-    ca: str = Field(default="", description="PEM file with the authorities that sign workers' certificates, only.")
-
-    @property
-    def on(self) -> bool:
-        return bool(self.cert)
-
-    @model_validator(mode="after")
-    def _all_or_none(self) -> TlsConfig:
-        missing = [name for name in ("cert", "key", "ca") if not getattr(self, name)]
-        if 0 < len(missing) < 3:
-            raise ValueError(f"cert, key and ca belong together; missing: {', '.join(missing)}")
-        return self
-
-
-class HandoffConfig(_Frozen):
-    transport: TransportName = Field(default="nixl", description="How KV crosses from prefill to decode.")
-    codec: CodecChoice = Field(
-        default="auto",
-        description="Codec of requests that name none. auto: whatever the quality floor allows and lands soonest.",
-    )
-    quality_floor: QualityFloor = Field(
-        default="exact", description="Lossy codecs are refused unless this allows them; each floor allows those before."
-    )
-    lease_s: Seconds = Field(default=30.0, description="A reservation without a sign of life is freed after this long.")
-    stall_s: Seconds = Field(default=5.0, description="A transfer that makes no progress for this long is lost.")
-    landing_bytes: Count = Field(default=256 << 20, description="Landing buffers of one decode worker.")
-    staging_bytes: Count = Field(default=256 << 20, description="Staged, encoded KV of one prefill worker.")
-    ucx_tls: str = Field(default="", description="UCX_TLS for NIXL; empty leaves UCX's own choice.")
-    tls: TlsConfig = Field(default_factory=TlsConfig, description="TLS of transport tcp.")
-
-    @model_validator(mode="after")
-    def _default_codec_meets_floor(self) -> HandoffConfig:
-        if self.codec == AUTO:
-            return self
-        needed = FLOORS[LOSS[self.codec]]
-        if FLOORS.index(self.quality_floor) < LOSS[self.codec]:
-            raise ValueError(f"codec {self.codec} is lossy; set quality_floor: {needed} to allow it")
-        return self
-
-    @model_validator(mode="after")
-    def _tls_has_a_transport(self) -> HandoffConfig:
-        if self.tls.on and self.transport != "tcp":
-            raise ValueError(f"tls protects transport tcp only, and transport is {self.transport}")
-        return self
-
-
-class RouterConfig(_Frozen):
+class RouterConfig(Frozen):
     replicas: Count = Field(default=1, description="Router processes.")
     max_inflight: Count = Field(default=512, description="Most requests in one router; beyond it RESOURCE_EXHAUSTED.")
     deadline_s: Seconds = Field(
@@ -173,7 +87,7 @@ class RouterConfig(_Frozen):
     )
 
 
-class SecurityConfig(_Frozen):
+class SecurityConfig(Frozen):
     cluster_key_file: str = Field(
         default="",
         description="File with the key that router and workers prove to each other; empty: `$BATON_CLUSTER_KEY`, or "
@@ -184,13 +98,13 @@ class SecurityConfig(_Frozen):
     )
 
 
-class IngressConfig(_Frozen):
+class IngressConfig(Frozen):
     host: str = Field(default="127.0.0.1", description="Address the endpoints are announced under.")
     grpc_port: Port = Field(default=9000, description="Port of the gRPC endpoint.")
     http_port: Port = Field(default=8000, description="Port of the HTTP endpoint.")
 
 
-class Config(_Frozen):
+class Config(Frozen):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] = Field(
         default="baton", description="Name of the cluster."
     )

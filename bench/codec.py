@@ -24,7 +24,8 @@ import typer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from baton.config import CODECS, Config
+from baton.config import Config
+from baton.config_handoff import CODECS
 from baton.layout import Dtype, KVLayout
 from bench import report
 from engine import hub

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.layout import KVLayout
 from baton.messages import Ticket
 from baton.request import TokenEvent

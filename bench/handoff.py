@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from baton.config import AUTO, CODECS, HandoffConfig
+from baton.config_handoff import AUTO, CODECS, HandoffConfig
 from bench import report
 from bench import shaped as shaped_bench
 from bench import unshaped as unshaped_bench

@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from baton.config import AUTO, FLOORS, LOSS, HandoffConfig, codecs_within
+from baton.config_handoff import AUTO, FLOORS, LOSS, HandoffConfig, codecs_within
 from bench.ends import LandEnd, Push, SendEnd, Verdict
 from bench.link import FAR, NEAR, Link, RawSink
 from bench.prompt import Prompt

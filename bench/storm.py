@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.layout import KVLayout
 from baton.messages import Ticket
 from bench.ends import Ended, LandEnd, Push, SendEnd, Verdict

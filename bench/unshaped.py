@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from baton.config import Config, HandoffConfig, ModelConfig, PoolConfig, SecurityConfig
+from baton.config import Config, ModelConfig, PoolConfig, SecurityConfig
+from baton.config_handoff import HandoffConfig
 from baton.errors import Unavailable
 from baton.frames import FrameStream
 from baton.messages import PLANE, Decode, Failed, Granted, Handed, Prefill, Report, Reserve

@@ -12,7 +12,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from baton.config import CODECS, FLOORS, Config, codecs_within, load
+from baton.config import Config, load
+from baton.config_handoff import CODECS, FLOORS, codecs_within
 from baton.errors import InvalidRequest
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.errors import BatonError
 from baton.frames import FrameStream
 from baton.guard import Guard

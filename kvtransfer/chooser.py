@@ -45,7 +45,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A codec as measured. ``loss``: how far down the quality floors it lies (``baton.config.LOSS``)."""
+    """A codec as measured. ``loss``: how far down the quality floors it lies (``baton.config_handoff.LOSS``)."""
 
     name: str
     ratio: float

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from baton.config import LOSS
+from baton.config_handoff import LOSS
 from baton.layout import KVLayout
 from kvtransfer.chooser import Candidate, Speed
 from kvtransfer.codecs import Codec, make_codec

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from baton.config import CODECS
+from baton.config_handoff import CODECS
 from baton.layout import KVLayout
 from kvtransfer.arena import BufferPool, Region
 from kvtransfer.chooser import Ahead, Load

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from baton.config import codecs_allowed
+from baton.config_handoff import codecs_allowed
 from baton.errors import Overloaded
 from baton.layout import KVLayout
 from baton.request import TokenEvent

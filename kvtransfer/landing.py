@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from baton.config import CODECS
+from baton.config_handoff import CODECS
 from baton.layout import DTYPES, KVLayout
 from kvtransfer.arena import BufferPool, Region
 from kvtransfer.codecs import CodecError, make_codec

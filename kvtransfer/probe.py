@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from baton import host
-from baton.config import AUTO, CODECS, HandoffConfig
+from baton.config_handoff import AUTO, CODECS, HandoffConfig
 from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from baton.config import AUTO, CODECS, FLOORS, HandoffConfig, codecs_allowed, codecs_within
+from baton.config_handoff import AUTO, CODECS, FLOORS, HandoffConfig, codecs_allowed, codecs_within
 from baton.errors import ConfigError, Overloaded
 from baton.layout import KVLayout
 from baton.messages import Ticket

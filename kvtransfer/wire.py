@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.config import CODECS
+from baton.config_handoff import CODECS
 from baton.layout import KVLayout
 from kvtransfer.codecs import largest_block, make_codec
 from kvtransfer.protocol import block_tokens

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from baton.config import AUTO
+from baton.config_handoff import AUTO
 from baton.errors import ConfigError
 from placement import plan as plans
 from placement import report, traces

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from baton.config import AUTO, EXACT_CODECS
+from baton.config_handoff import AUTO, EXACT_CODECS
 from baton.errors import ConfigError
 from placement.cost import StepShape
 from placement.grids import Floats, HeldOut

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from baton.config import CODECS, Config, load
+from baton.config import Config, load
+from baton.config_handoff import CODECS
 from baton.errors import ConfigError
 from placement.profile import LEAST_STEPS, Machine, Profile, StepFit, held_out
 from placement.tables import Tables

@@ -14,13 +14,11 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field, replace
 
 from baton import ledger
-from baton.errors import BatonError, DeadlineExceeded, ProtocolError, Unavailable, from_code
+from baton.errors import BatonError, DeadlineExceeded, ProtocolError, from_code
 from baton.messages import Decode, Failed, Granted, Handed, Prefill, Report, Reserve, Ticket, Tokens
 from baton.request import TokenEvent, Work
-from router import policy
-from router.peers import Peer, Pools, Role
-
-NO_WORKER_RETRY_MS = 1000
+from router.choice import Choice
+from router.peers import Peer, Role
 
 
 @dataclass(slots=True)
@@ -107,23 +105,22 @@ class InOrder:
 class Dispatcher:
     """Runs requests over the connected workers."""
 
-    def __init__(self, pools: Pools, *, decode_page_tokens: int, disaggregated: bool, local_prefill: bool) -> None:
-        self._pools, self._page_tokens = pools, decode_page_tokens
-        self._disaggregated, self._local_prefill = disaggregated, local_prefill
+    def __init__(self, choice: Choice) -> None:
+        self._choice = choice
 
     async def stream(self, run: Run) -> AsyncGenerator[tuple[TokenEvent, ...]]:
         """Every output token, in order, in batches as they come. Closing the iterator frees the request everywhere."""
         work, request_id = run.work, run.work.request_id
         with contextlib.ExitStack() as held:
-            decode = self._choose_decode(len(work.prompt))
-            local = self._local(decode, len(work.prompt))
+            decode = self._choice.decode(work)
+            local = self._choice.local(work, decode)
             held.enter_context(decode.attached(request_id, run.sink, len(work.prompt), computes=local))
             if local:
                 decode.send(Decode(run.remaining()))
             else:
                 decode.send(Reserve(run.remaining(), epoch=0, codec=run.codec, floor=run.floor))
                 ticket = await self._granted(run)
-                prefill = self._choose_prefill()
+                prefill = self._choice.prefill(work)
                 held.enter_context(prefill.attached(request_id, run.sink, len(work.prompt), computes=True))
                 prefill.send(Prefill(run.remaining(), ticket))
                 run.transport = ticket.transport
@@ -162,29 +159,6 @@ class Dispatcher:
                     pass
                 case role, other:
                     raise ProtocolError(f"unexpected {type(other).__name__} from {role}")
-
-    def _choose_decode(self, tokens: int) -> Peer:
-        peers = self._pools.of("decode")
-        return _named(peers, policy.choose_decode([peer.view() for peer in peers], tokens, self._page_tokens), "decode")
-
-    def _choose_prefill(self) -> Peer:
-        peers = self._pools.of("prefill")
-        return _named(peers, policy.choose_prefill(peer.view() for peer in peers), "prefill")
-
-    def _local(self, decode: Peer, tokens: int) -> bool:
-        """Whether ``decode`` computes the prompt itself."""
-        if not self._disaggregated:
-            return True
-        views = {view.worker_id: view for view in (peer.view() for peer in self._pools.of("prefill"))}
-        best = policy.choose_prefill(views.values())
-        return self._local_prefill and policy.prefers_local(decode.view(), views.get(best or ""), tokens)
-
-
-def _named(peers: list[Peer], worker_id: str | None, role: Role) -> Peer:
-    for peer in peers:
-        if peer.address.worker_id == worker_id:
-            return peer
-    raise Unavailable(f"no {role} worker is connected", retry_after_ms=NO_WORKER_RETRY_MS)
 
 
 def _error(failed: Failed) -> BatonError:

@@ -30,6 +30,7 @@ from baton.wire import inference_pb2 as pb
 from engine.spec import ModelSpec
 from engine.text import Tokenizer
 from router import respond, status, validate
+from router.choice import Choice
 from router.dispatch import Dispatcher, Run
 from router.interleave import interleave
 from router.peers import Peer, Pools, Role, WorkerAddress
@@ -67,10 +68,12 @@ class InferenceService:
         self.pools = Pools(connect_s=config.router.connect_s, key=load_key(config.security))
         self._disaggregated = config.prefill.replicas > 0
         self._dispatcher = Dispatcher(
-            self.pools,
-            decode_page_tokens=config.decode.page_tokens,
-            disaggregated=self._disaggregated,
-            local_prefill=config.router.local_prefill,
+            Choice(
+                self.pools,
+                decode_page_tokens=config.decode.page_tokens,
+                disaggregated=self._disaggregated,
+                local_prefill=config.router.local_prefill,
+            )
         )
         self._counters = Counters()
         self._codec_tokens: Counter[str] = Counter()  # (layer, token) pairs handed over, by codec

@@ -10,7 +10,8 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 
-from baton.config import AUTO, CODECS, FLOORS, LOSS, Config, codecs_within
+from baton.config import Config
+from baton.config_handoff import AUTO, CODECS, FLOORS, LOSS, codecs_within
 from baton.errors import DeadlineExceeded, InvalidRequest, NotFound
 from baton.request import Sampling, Work
 from baton.wire import inference_pb2 as pb

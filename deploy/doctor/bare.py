@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO
 
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.errors import ConfigError, Unavailable
 from baton.layout import KVLayout
 from baton.secure import ClusterKey

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from baton.config import EXACT_CODECS
+from baton.config_handoff import EXACT_CODECS
 from baton.host import HostFacts
 from baton.wire import inference_pb2 as pb
 from deploy.doctor.facts import Direction, Pair, Worker

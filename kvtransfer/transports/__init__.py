@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from baton.config import TlsConfig
+from baton.config_handoff import TlsConfig
 from baton.errors import BatonError, ConfigError
 from kvtransfer.arena import HostMemory
 

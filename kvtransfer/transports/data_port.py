@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import msgpack
 
-from baton.config import TlsConfig
+from baton.config_handoff import TlsConfig
 from kvtransfer.transports import FetchLost
 from kvtransfer.transports.proof import MAC_BYTES, NONCE_BYTES, Proof, check, nonce
 from kvtransfer.transports.tls import server_context

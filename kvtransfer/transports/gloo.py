@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from baton.config import TlsConfig
+from baton.config_handoff import TlsConfig
 from baton.errors import ConfigError
 from kvtransfer.arena import HostMemory
 from kvtransfer.transports import FetchLost, check_range

@@ -12,7 +12,7 @@ import ssl
 import struct
 import time
 
-from baton.config import TlsConfig
+from baton.config_handoff import TlsConfig
 from kvtransfer.arena import HostMemory
 from kvtransfer.transports import FetchLost, check_range
 from kvtransfer.transports.data_port import DataPort, cut, dial, receive, receive_into

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ssl
 
-from baton.config import TlsConfig
+from baton.config_handoff import TlsConfig
 from baton.errors import ConfigError
 
 

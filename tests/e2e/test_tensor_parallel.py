@@ -33,6 +33,7 @@ from engine.engine import Engine
 from engine.model import Model
 from engine.ranks import Ranks
 from prefill_worker.worker import PrefillWorker
+from router.choice import Choice
 from router.dispatch import Dispatcher, Run
 from router.peers import Pools, WorkerAddress
 
@@ -127,7 +128,7 @@ class House:
         self.prefill, self.decode = prefill, decode
         self.pools = Pools(connect_s=5.0)
         self._dispatcher = Dispatcher(
-            self.pools, decode_page_tokens=PAGES["decode"], disaggregated=True, local_prefill=False
+            Choice(self.pools, decode_page_tokens=PAGES["decode"], disaggregated=True, local_prefill=False)
         )
 
     async def connect(self) -> None:

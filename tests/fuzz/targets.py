@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from baton.config import CODECS, HandoffConfig
+from baton.config_handoff import CODECS, HandoffConfig
 from baton.errors import ProtocolError
 from baton.frames import FrameStream
 from baton.handshake import demand, prove

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from baton.config import CODECS
+from baton.config_handoff import CODECS
 from baton.messages import PLANE
 from baton.records import pack
 from kvtransfer.protocol import CONTROL

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.config import FLOORS, LOSS, codecs_within
+from baton.config_handoff import FLOORS, LOSS, codecs_within
 from kvtransfer.chooser import Ahead, Candidate, Link, Load, Speed, choose, estimate
 
 SLACK = 1 + 1e-9  # of floating point

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.config import CODECS
+from baton.config_handoff import CODECS
 from baton.layout import KVLayout
 from kvtransfer.arena import HostMemory
 from kvtransfer.codecs import CodecError, make_codec

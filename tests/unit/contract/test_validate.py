@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from baton.config import CODECS, LOSS, Config
+from baton.config import Config
+from baton.config_handoff import CODECS, LOSS
 from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, NotFound
 from baton.request import Sampling
 from baton.wire import inference_pb2 as pb

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.errors import ConfigError
 from baton.layout import KVLayout
 from deploy.doctor import ask, bare, examine

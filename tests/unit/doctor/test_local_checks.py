@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from baton.config import Config, HandoffConfig, SecurityConfig, parse
+from baton.config import Config, SecurityConfig, parse
+from baton.config_handoff import HandoffConfig
 from baton.errors import ConfigError
 from baton.host import UNLIMITED
 from baton.layout import KVLayout

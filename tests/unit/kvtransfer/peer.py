@@ -18,7 +18,7 @@ import numpy
 import torch
 
 import kvtransfer.encoder
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.errors import BatonError
 from baton.layout import KVLayout
 from baton.messages import Ticket

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.layout import KVLayout
 from baton.request import TokenEvent
 from kvtransfer.handoff import Landed, Lost

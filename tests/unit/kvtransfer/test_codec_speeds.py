@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from baton.config import CODECS, LOSS, codecs_within
+from baton.config_handoff import CODECS, LOSS, codecs_within
 from baton.layout import KVLayout
 from kvtransfer.codec_speeds import describe, measure_codecs
 

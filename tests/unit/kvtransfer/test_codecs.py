@@ -6,7 +6,7 @@ import pytest
 import torch
 import zstandard
 
-from baton.config import CODECS
+from baton.config_handoff import CODECS
 from baton.layout import KVLayout
 from kvtransfer.arena import HostMemory
 from kvtransfer.codecs import CodecError, make_codec

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from baton.config import CODECS, HandoffConfig
+from baton.config_handoff import CODECS, HandoffConfig
 from baton.layout import DTYPES, KVLayout
 from baton.request import TokenEvent
 from kvtransfer.codecs.block import TORCH_DTYPES

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.errors import ConfigError
 from baton.frames import FrameStream
 from baton.layout import KVLayout

@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 import torch
 
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.layout import KVLayout
 from baton.request import TokenEvent
 from engine.cache import KVCache

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from baton import host
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
 from baton.layout import KVLayout
 from baton.messages import Granted, Hello, Load, Probe, ProbeLanded, ProbeSent

@@ -14,7 +14,7 @@ import time
 import msgpack
 import pytest
 
-from baton.config import TlsConfig
+from baton.config_handoff import TlsConfig
 from baton.errors import ConfigError
 from kvtransfer.arena import HostMemory
 from kvtransfer.transports import FetchLost, make_exporter, make_fetcher
@@ -22,7 +22,7 @@ from kvtransfer.transports.data_port import dial, receive
 from kvtransfer.transports.proof import Proof
 
 NIXL_CHILD = """
-from baton.config import TlsConfig
+from baton.config_handoff import TlsConfig
 from kvtransfer.arena import HostMemory
 from kvtransfer.transports import make_exporter
 make_exporter("nixl", HostMemory(4096), name="child", host="127.0.0.1", ucx_tls="", tls=TlsConfig()).close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import xxhash
 
-from baton.config import HandoffConfig
+from baton.config_handoff import HandoffConfig
 from baton.frames import FrameStream
 from baton.guard import Guard
 from baton.layout import KVLayout
