@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from baton.config_admission import AdmissionConfig
 from baton.config_handoff import HandoffConfig
 from baton.config_types import Count, Frozen, Port, Seconds
 from baton.errors import ConfigError
@@ -145,6 +146,7 @@ class Config(Frozen):
         return parse(tree)
 
 
+    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
 def parse(tree: Any, *, source: str = "configuration") -> Config:
     """A :class:`Config` from plain mappings; raises :class:`ConfigError` that names every bad key of the first kind."""
     if not isinstance(tree, dict):

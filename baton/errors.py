@@ -10,7 +10,8 @@
     ├── Internal           an operator: a bug, with the log beside it     INTERNAL
     └── ConfigError        an operator: the process must not start
 
-Errors cross process boundaries as ``(code, message, field, retry_after_ms)``; :func:`from_code` rebuilds them.
+Errors cross process boundaries as ``(code, message, field, retry_after_ms)``; :func:`from_code` rebuilds them. Where
+clients decide by more than the code, ``reason`` says which of its causes it was; it is in the words of OpenAI's API.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class BatonError(Exception):
 
     code: ClassVar[str] = "INTERNAL"
 
-    def __init__(self, message: str, *, field: str = "", retry_after_ms: int = 0) -> None:
+    def __init__(self, message: str, *, field: str = "", retry_after_ms: int = 0, reason: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.field = field
@@ -35,6 +36,7 @@ class BatonError(Exception):
 
 class InvalidRequest(BatonError):
     code = "INVALID_ARGUMENT"
+        self.reason = reason
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message, field=field)
@@ -43,8 +45,8 @@ class InvalidRequest(BatonError):
 class NotFound(BatonError):
     code = "NOT_FOUND"
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message, field=field)
+    def __init__(self, field: str, message: str, *, reason: str = "") -> None:
+        super().__init__(message, field=field, reason=reason)
 
 
 class Overloaded(BatonError):
@@ -54,9 +56,29 @@ class Overloaded(BatonError):
 class DeadlineExceeded(BatonError):
     code = "DEADLINE_EXCEEDED"
 
+class Unauthenticated(BatonError):
+    code = "UNAUTHENTICATED"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=INVALID_API_KEY)
+
+
+class Forbidden(BatonError):
+    code = "PERMISSION_DENIED"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=INSUFFICIENT_PERMISSIONS)
+
+
+
+    """``reason`` names the limit that refused the request, in words of [a-z_]; empty where a worker refused."""
 
 class Cancelled(BatonError):
     code = "CANCELLED"
+    def __init__(self, message: str, *, field: str = "", retry_after_ms: int = 0, reason: str = "") -> None:
+        super().__init__(message, field=field, retry_after_ms=retry_after_ms)
+        self.reason = reason
+
 
 
 class Unavailable(BatonError):
@@ -79,15 +101,15 @@ class ProtocolError(BatonError):
     code = "INTERNAL"
 
 
-def from_code(code: str, message: str, *, field: str = "", retry_after_ms: int = 0) -> BatonError:
+def from_code(code: str, message: str, *, field: str = "", retry_after_ms: int = 0, reason: str = "") -> BatonError:
     """The error that another process reported, as an exception of the matching class."""
     match code:
         case "INVALID_ARGUMENT":
-            return InvalidRequest(field, message)
+            return InvalidRequest(field, message, reason=reason)
         case "NOT_FOUND":
             return NotFound(field, message)
         case "RESOURCE_EXHAUSTED":
-            return Overloaded(message, field=field, retry_after_ms=retry_after_ms)
+            return Overloaded(message, field=field, retry_after_ms=retry_after_ms, reason=reason)
         case "DEADLINE_EXCEEDED":
             return DeadlineExceeded(message, field=field)
         case "CANCELLED":

@@ -133,6 +133,16 @@ class Load:
     connections_refused: int = 0  # since the start: connections that did not prove the cluster key
 
 
+    step_s: float = 0.0  # what a step of decodes cost lately, apart from its sequences; 0 while none was computed
+    sequence_s: float = 0.0  # what each sequence added to such a step
+    prefix_lookup_tokens: int = 0  # since the start: of sequences that got pages, so looked up in the prefix cache
+    prefix_hit_tokens: int = 0  # of these, found there
+    preemptions: int = 0  # since the start: sequences that lost their pages and were computed again
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """The worker finishes what it has and takes nothing new."""
 @dataclass(frozen=True, slots=True)
 class Inspect:
     request_id: str

@@ -144,6 +144,8 @@ class DecodeWorker:
     # ---- one request
 
     async def _serve(self, link: FrameStream, message: Reserve | Decode) -> None:
+            step_s=held.step_s,
+            sequence_s=held.sequence_s,
         """Take the sequence in, decode it to its end; frees everything on every way out."""
         work = message.work
         job = _Job(link, finished=asyncio.get_running_loop().create_future())

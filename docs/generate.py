@@ -63,9 +63,25 @@ def _rows(
         if isinstance(default, BaseModel):
             definition = schema["$defs"][field["$ref"].rpartition("/")[2]]
             yield from _rows(schema, definition, f"{prefix}{key}.", default)
+        elif isinstance(default, dict) and any(isinstance(one, BaseModel) for one in default.values()):
+            yield from _named(schema, f"{prefix}{key}", field, default)
         else:
             shown = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
             yield f"| `{prefix}{key}` | {_allowed(field)} | `{shown}` | {field['description']} |"
+
+
+def _named(
+    schema: dict[str, Any], path: str, field: dict[str, Any], defaults: dict[str, BaseModel]
+) -> Iterator[str]:
+    """A map of sections: its own row with the default names, then a row for each key that every section has."""
+    (pattern, value) = next(iter(field["patternProperties"].items()))
+    yield f"| `{path}` | map of sections, names `{pattern}` | `{', '.join(defaults)}` | {field['description']} |"
+    definition = schema["$defs"][value["$ref"].rpartition("/")[2]]
+    section = type(next(iter(defaults.values())))
+    for row in _rows(schema, definition, f"{path}.NAME.", section()):
+        head, allowed, _, meaning = row.strip("| ").split(" | ", 3)
+        shown = ", ".join(str(getattr(one, head.strip("`").rpartition(".")[2])) for one in defaults.values())
+        yield f"| {head} | {allowed} | `{shown}` | {meaning} |"
 
 
 def _allowed(field: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from engine.runner import Runner, Step
 from engine.sampler import NO_TOKEN, Choice, Row, sample
 from engine.scheduler import Scheduler
 from engine.sequence import Job, Slice, Timing
-from engine.speed import PromptSpeed
+from engine.speed import PromptSpeed, StepSpeed
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class EngineLoad:
     entered_tokens: int  # so far, of sequences that got their pages (again after each preemption)
     hit_tokens: int  # of these, not computed because their KV was in the prefix cache
     prompt_token_s: float  # seconds per prompt token lately; 0 while none was computed
+    step_s: float  # seconds of a step of decodes lately, apart from what its sequences add; 0 while none was computed
+    sequence_s: float  # seconds that each of them adds
 
 
 class Engine:
@@ -108,7 +110,7 @@ class Engine:
             mixed_tokens=mixed_tokens or None,
         )
         self._pace = None if mixed_tokens else Pace(gap_s)
-        self._speed = PromptSpeed()
+        self._speed, self._steps = PromptSpeed(), StepSpeed()
         self._salt = model.layout.fingerprint.encode() if prefix_cache else None
         self._active: dict[str, Active] = {}
         self._past_timings: dict[str, Timing] = {}
@@ -185,6 +187,7 @@ class Engine:
         ended_s = time.monotonic()
         prompt_tokens = sum(part.count for part in ordered[len(decodes) :])
         self._speed.observe(prompt_tokens, ended_s - started_s)
+        self._steps.observe(len(decodes), ended_s - started_s)
         if self._pace is not None:
             self._pace.observe(len(decodes), prompt_tokens, ended_s - started_s)
         self._scheduler.advance(ordered, ended_s)
@@ -218,6 +221,8 @@ class Engine:
             entered_tokens=scheduler.holdings.entered_tokens,
             hit_tokens=scheduler.holdings.hit_tokens,
             prompt_token_s=self._speed.token_s,
+            step_s=self._steps.step_s,
+            sequence_s=self._steps.sequence_s,
         )
 
     @property

@@ -132,6 +132,8 @@ class PrefillWorker:
     # ---- one request
 
     async def _serve(self, link: FrameStream, message: Prefill) -> None:
+            step_s=held.step_s,
+            sequence_s=held.sequence_s,
         """Compute, answer with the first token, hand the KV over; frees everything on every way out."""
         work = message.work
         try:

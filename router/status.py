@@ -1,7 +1,7 @@
 """Errors as gRPC statuses: the code, a message that names the field, and machine-readable details.
 
-Details follow google.rpc: ``grpc-status-details-bin`` carries a Status with BadRequest (which field, why) and
-RetryInfo (when to come back). ``grpc-retry-pushback-ms`` says the latter to clients that retry by gRPC's own policy.
+Details follow google.rpc: ``grpc-status-details-bin`` carries a Status with BadRequest (which field, why), ErrorInfo
+(which limit refused) and RetryInfo (when to come back). ``grpc-retry-pushback-ms`` says the latter to clients that retry by gRPC's own policy.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from baton.errors import BatonError
+from baton.errors import BatonError, Overloaded
 
 DETAILS_KEY = "grpc-status-details-bin"
+DOMAIN = "baton"  # of the reasons in ErrorInfo
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 MAX_MESSAGE_BYTES = 600  # it travels in headers three times, escaped; clients refuse more than 8 KiB of them
 
@@ -43,9 +44,13 @@ def of(error: BatonError) -> RpcStatus:
     message = _cut(str(error))
     rich = status_pb2.Status(code=code.value[0], message=message)
     metadata: tuple[tuple[str, str | bytes], ...] = ()
+    if isinstance(error, Overloaded) and error.reason:
+        rich.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason.upper(), domain=DOMAIN))
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.message))
         rich.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.reason:
+        rich.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason.upper(), domain=REASON_DOMAIN))
     if error.retry_after_ms > 0:
         delay = Duration()
         delay.FromMilliseconds(error.retry_after_ms)

@@ -20,6 +20,7 @@ class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_STATE_READY: _ClassVar[WorkerState]
     WORKER_STATE_DRAINING: _ClassVar[WorkerState]
     WORKER_STATE_LOST: _ClassVar[WorkerState]
+    WORKER_STATE_SUSPECT: _ClassVar[WorkerState]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -28,9 +29,10 @@ WORKER_STATE_CONNECTING: WorkerState
 WORKER_STATE_READY: WorkerState
 WORKER_STATE_DRAINING: WorkerState
 WORKER_STATE_LOST: WorkerState
+WORKER_STATE_SUSPECT: WorkerState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "prompt", "token_ids", "chat", "sampling", "priority", "budget_ms", "handoff", "request_id", "n")
+    __slots__ = ("model", "prompt", "token_ids", "chat", "sampling", "priority", "budget_ms", "handoff", "request_id", "n", "slo_class")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +43,7 @@ class GenerateRequest(_message.Message):
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
+    SLO_CLASS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     token_ids: TokenIds
@@ -51,7 +54,8 @@ class GenerateRequest(_message.Message):
     handoff: Handoff
     request_id: str
     n: int
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., budget_ms: _Optional[int] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., request_id: _Optional[str] = ..., n: _Optional[int] = ...) -> None: ...
+    slo_class: str
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., budget_ms: _Optional[int] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., request_id: _Optional[str] = ..., n: _Optional[int] = ..., slo_class: _Optional[str] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -313,7 +317,7 @@ class Worker(_message.Message):
     def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., generation: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., load_age_s: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting", "waiting_tokens", "running", "pages_used", "pages_total", "handoffs", "buffer_bytes_used", "buffer_bytes_total", "buffer_bytes_quarantined", "pages_high_water", "pages_cached", "prompt_token_s", "connections_refused")
+    __slots__ = ("waiting", "waiting_tokens", "running", "pages_used", "pages_total", "handoffs", "buffer_bytes_used", "buffer_bytes_total", "buffer_bytes_quarantined", "pages_high_water", "pages_cached", "prompt_token_s", "connections_refused", "step_s", "sequence_s", "prefix_lookup_tokens", "prefix_hit_tokens", "preemptions")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -327,6 +331,11 @@ class Load(_message.Message):
     PAGES_CACHED_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     CONNECTIONS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_LOOKUP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     waiting_tokens: int
     running: int
@@ -340,10 +349,22 @@ class Load(_message.Message):
     pages_cached: int
     prompt_token_s: float
     connections_refused: int
-    def __init__(self, waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., handoffs: _Optional[int] = ..., buffer_bytes_used: _Optional[int] = ..., buffer_bytes_total: _Optional[int] = ..., buffer_bytes_quarantined: _Optional[int] = ..., pages_high_water: _Optional[int] = ..., pages_cached: _Optional[int] = ..., prompt_token_s: _Optional[float] = ..., connections_refused: _Optional[int] = ...) -> None: ...
+    step_s: float
+    sequence_s: float
+    prefix_lookup_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    def __init__(self, waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., handoffs: _Optional[int] = ..., buffer_bytes_used: _Optional[int] = ..., buffer_bytes_total: _Optional[int] = ..., buffer_bytes_quarantined: _Optional[int] = ..., pages_high_water: _Optional[int] = ..., pages_cached: _Optional[int] = ..., prompt_token_s: _Optional[float] = ..., connections_refused: _Optional[int] = ..., step_s: _Optional[float] = ..., sequence_s: _Optional[float] = ..., prefix_lookup_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class RouterStatus(_message.Message):
-    __slots__ = ("id", "inflight", "accepted", "refused", "completed", "failed", "cancelled", "tokens")
+    __slots__ = ("id", "inflight", "accepted", "refused", "completed", "failed", "cancelled", "tokens", "retried", "waiting", "refusals")
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     INFLIGHT_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
@@ -352,6 +373,9 @@ class RouterStatus(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RETRIED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
     id: str
     inflight: int
     accepted: int
@@ -360,4 +384,7 @@ class RouterStatus(_message.Message):
     failed: int
     cancelled: int
     tokens: int
-    def __init__(self, id: _Optional[str] = ..., inflight: _Optional[int] = ..., accepted: _Optional[int] = ..., refused: _Optional[int] = ..., completed: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+    retried: int
+    waiting: int
+    refusals: _containers.ScalarMap[str, int]
+    def __init__(self, id: _Optional[str] = ..., inflight: _Optional[int] = ..., accepted: _Optional[int] = ..., refused: _Optional[int] = ..., completed: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., tokens: _Optional[int] = ..., retried: _Optional[int] = ..., waiting: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ...) -> None: ...

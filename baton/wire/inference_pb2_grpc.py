@@ -71,7 +71,7 @@ class InferenceServicer:
 
         Errors: INVALID_ARGUMENT (the named field is wrong), NOT_FOUND (no such model), RESOURCE_EXHAUSTED (too much is
         waiting; google.rpc.RetryInfo says when to come back), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (a worker is
-        gone; safe to retry), INTERNAL.
+        gone; safe to retry), INTERNAL. With RESOURCE_EXHAUSTED, google.rpc.ErrorInfo says which limit refused the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
