@@ -3,6 +3,8 @@
     BatonError
     ├── InvalidRequest     the client is wrong: fix the named field       INVALID_ARGUMENT
     ├── NotFound           the client is wrong: no such thing             NOT_FOUND
+    ├── Unauthenticated    the client is wrong: no key, or not a good one UNAUTHENTICATED
+    ├── Forbidden          the client is wrong: its key is not for this   PERMISSION_DENIED
     ├── Overloaded         the client should come back later              RESOURCE_EXHAUSTED
     ├── DeadlineExceeded   nobody: the time the client gave is used up    DEADLINE_EXCEEDED
     ├── Cancelled          nobody: the client went away                   CANCELLED
@@ -11,12 +13,18 @@
     └── ConfigError        an operator: the process must not start
 
 Errors cross process boundaries as ``(code, message, field, retry_after_ms)``; :func:`from_code` rebuilds them. Where
-clients decide by more than the code, ``reason`` says which of its causes it was; it is in the words of OpenAI's API.
+clients decide by more than the code, ``reason`` says which of its causes it was; those below are OpenAI's error codes.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"  # the prompt, or it and the output, are longer than the context
+RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"  # the client's own limit, not the service's
+INVALID_API_KEY = "invalid_api_key"
+INSUFFICIENT_PERMISSIONS = "insufficient_permissions"
+OPENAI_CODES = frozenset((CONTEXT_LENGTH_EXCEEDED, RATE_LIMIT_EXCEEDED, INVALID_API_KEY, INSUFFICIENT_PERMISSIONS))
 
 
 class BatonError(Exception):
@@ -29,6 +37,7 @@ class BatonError(Exception):
         self.message = message
         self.field = field
         self.retry_after_ms = retry_after_ms
+        self.reason = reason
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}" if self.field else self.message
@@ -36,25 +45,17 @@ class BatonError(Exception):
 
 class InvalidRequest(BatonError):
     code = "INVALID_ARGUMENT"
-        self.reason = reason
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message, field=field)
-
-
-class NotFound(BatonError):
-    code = "NOT_FOUND"
 
     def __init__(self, field: str, message: str, *, reason: str = "") -> None:
         super().__init__(message, field=field, reason=reason)
 
 
-class Overloaded(BatonError):
-    code = "RESOURCE_EXHAUSTED"
+class NotFound(BatonError):
+    code = "NOT_FOUND"
 
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message, field=field)
 
-class DeadlineExceeded(BatonError):
-    code = "DEADLINE_EXCEEDED"
 
 class Unauthenticated(BatonError):
     code = "UNAUTHENTICATED"
@@ -70,15 +71,18 @@ class Forbidden(BatonError):
         super().__init__(message, reason=INSUFFICIENT_PERMISSIONS)
 
 
-
+class Overloaded(BatonError):
     """``reason`` names the limit that refused the request, in words of [a-z_]; empty where a worker refused."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
+class DeadlineExceeded(BatonError):
+    code = "DEADLINE_EXCEEDED"
+
 
 class Cancelled(BatonError):
     code = "CANCELLED"
-    def __init__(self, message: str, *, field: str = "", retry_after_ms: int = 0, reason: str = "") -> None:
-        super().__init__(message, field=field, retry_after_ms=retry_after_ms)
-        self.reason = reason
-
 
 
 class Unavailable(BatonError):
@@ -108,6 +112,10 @@ def from_code(code: str, message: str, *, field: str = "", retry_after_ms: int =
             return InvalidRequest(field, message, reason=reason)
         case "NOT_FOUND":
             return NotFound(field, message)
+        case "UNAUTHENTICATED":
+            return Unauthenticated(message)
+        case "PERMISSION_DENIED":
+            return Forbidden(message)
         case "RESOURCE_EXHAUSTED":
             return Overloaded(message, field=field, retry_after_ms=retry_after_ms, reason=reason)
         case "DEADLINE_EXCEEDED":

@@ -1,7 +1,8 @@
 """Errors as gRPC statuses: the code, a message that names the field, and machine-readable details.
 
 Details follow google.rpc: ``grpc-status-details-bin`` carries a Status with BadRequest (which field, why), ErrorInfo
-(which limit refused) and RetryInfo (when to come back). ``grpc-retry-pushback-ms`` says the latter to clients that retry by gRPC's own policy.
+(which of the code's causes it was) and RetryInfo (when to come back). ``grpc-retry-pushback-ms`` says the latter to
+clients that retry by gRPC's own policy.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from baton.errors import BatonError, Overloaded
+from baton.errors import BatonError
 
 DETAILS_KEY = "grpc-status-details-bin"
 DOMAIN = "baton"  # of the reasons in ErrorInfo
@@ -44,13 +45,11 @@ def of(error: BatonError) -> RpcStatus:
     message = _cut(str(error))
     rich = status_pb2.Status(code=code.value[0], message=message)
     metadata: tuple[tuple[str, str | bytes], ...] = ()
-    if isinstance(error, Overloaded) and error.reason:
-        rich.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason.upper(), domain=DOMAIN))
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_cut(error.message))
         rich.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.reason:
-        rich.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason.upper(), domain=REASON_DOMAIN))
+        rich.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason.upper(), domain=DOMAIN))
     if error.retry_after_ms > 0:
         delay = Duration()
         delay.FromMilliseconds(error.retry_after_ms)
