@@ -15,7 +15,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from baton.config_admission import AdmissionConfig
 from baton.config_handoff import HandoffConfig
-from baton.config_types import Count, Frozen, Port, Seconds
+from baton.config_observe import ObserveConfig
+from baton.config_security import IngressConfig, SecurityConfig
+from baton.config_types import Count, Frozen, Seconds
 from baton.errors import ConfigError
 
 
@@ -63,9 +65,44 @@ class PoolConfig(Frozen):
         description="Keep each worker on cores of its own, one for each thread, while there are free ones.",
     )
     cpus: Annotated[float, Field(gt=0)] = Field(default=0.5, description="Ray CPUs that one rank reserves.")
+    gpus: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="GPUs that one rank reserves; 1 on a GPU, less to share it with other workers."
+    )
     resources: dict[str, float] = Field(
         default_factory=dict, description="Ray custom resources that one rank reserves."
     )
+    min_replicas: Count = Field(default=1, description="Autoscaling keeps at least so many workers.")
+    max_replicas: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Autoscaling keeps at most so many workers; 0: always `replicas`."
+    )
+    target_load: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.7,
+        description="Autoscaling keeps workers' mean load here. 1: every sequence slot or page is taken (decode), or "
+        "a second of prompts waits (prefill).",
+    )
+    drain_s: Seconds = Field(
+        default=30.0, description="A worker that must go has so long to finish or hand over what it holds."
+    )
+    surge_percent: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=100,
+        description="Workers of the new version that an upgrade starts beside the old ones, of a hundred. 0 where "
+        "there is no room for one more: an old worker then ends before its successor starts.",
+    )
+
+    @model_validator(mode="after")
+    def _scaling_is_a_range(self) -> PoolConfig:
+        if self.max_replicas and not self.min_replicas <= self.replicas <= self.max_replicas:
+            raise ValueError(
+                f"replicas {self.replicas} must lie between min_replicas {self.min_replicas} and max_replicas "
+                f"{self.max_replicas}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_have_whole_gpus(self) -> PoolConfig:
+        if self.tensor_parallel > 1 and self.gpus not in (0.0, 1.0):
+            raise ValueError(f"ranks of one worker need a GPU each: gpus is {self.gpus:g}, must be 0 or 1")
+        return self
 
     @model_validator(mode="after")
     def _pages_fit(self) -> PoolConfig:
@@ -76,9 +113,18 @@ class PoolConfig(Frozen):
 
 class RouterConfig(Frozen):
     replicas: Count = Field(default=1, description="Router processes.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that each reserves.")
+    drain_s: Seconds = Field(default=30.0, description="A router that must go has so long to end its streams.")
     max_inflight: Count = Field(default=512, description="Most requests in one router; beyond it RESOURCE_EXHAUSTED.")
     deadline_s: Seconds = Field(
         default=600.0, description="Deadline of requests that give none, and the longest one allowed."
+    )
+    retries: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=3,
+        description="After a lost worker or handoff: attempts in a row that bring no token; 0 gives up at once.",
+    )
+    recovery_s: Seconds = Field(
+        default=30.0, description="How long a request that lost its worker waits for one that can take over."
     )
     connect_s: Seconds = Field(default=5.0, description="Longest wait for a worker's connection or answer.")
     max_request_bytes: Count = Field(default=4 << 20, description="Largest request accepted.")
@@ -86,23 +132,6 @@ class RouterConfig(Frozen):
         default=True,
         description="Whether decode workers compute prompts themselves where that gives the first token much sooner.",
     )
-
-
-class SecurityConfig(Frozen):
-    cluster_key_file: str = Field(
-        default="",
-        description="File with the key that router and workers prove to each other; empty: `$BATON_CLUSTER_KEY`, or "
-        "the one that `baton up` makes for its cluster.",
-    )
-    allow_unauthenticated: bool = Field(
-        default=False, description="Without a cluster key, let anybody connect to workers instead of refusing to start."
-    )
-
-
-class IngressConfig(Frozen):
-    host: str = Field(default="127.0.0.1", description="Address the endpoints are announced under.")
-    grpc_port: Port = Field(default=9000, description="Port of the gRPC endpoint.")
-    http_port: Port = Field(default=8000, description="Port of the HTTP endpoint.")
 
 
 class Config(Frozen):
@@ -117,8 +146,10 @@ class Config(Frozen):
     decode: PoolConfig = Field(default_factory=PoolConfig)
     handoff: HandoffConfig = Field(default_factory=HandoffConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
+    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)
 
     @model_validator(mode="after")
     def _context_fits_pools(self) -> Config:
@@ -146,7 +177,6 @@ class Config(Frozen):
         return parse(tree)
 
 
-    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
 def parse(tree: Any, *, source: str = "configuration") -> Config:
     """A :class:`Config` from plain mappings; raises :class:`ConfigError` that names every bad key of the first kind."""
     if not isinstance(tree, dict):

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from baton.config import SecurityConfig
+from baton.config_security import SecurityConfig
 from baton.errors import ConfigError, ProtocolError
 from baton.records import FINGERPRINT_BYTES
 

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from baton.config import Config, ModelConfig, PoolConfig, SecurityConfig
+from baton.config import Config, ModelConfig, PoolConfig
 from baton.config_handoff import HandoffConfig
+from baton.config_security import SecurityConfig
 from baton.errors import Unavailable
 from baton.frames import FrameStream
 from baton.messages import PLANE, Decode, Failed, Granted, Handed, Prefill, Report, Reserve

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.errors import InvalidRequest
+from baton.errors import CONTEXT_LENGTH_EXCEEDED, InvalidRequest
 from baton.request import Bias, Sampling
 from baton.wire import inference_pb2 as pb
 from engine.text import Tokenizer
@@ -67,6 +67,7 @@ def fill(
             "sampling.max_tokens",
             f"is {max_tokens}; the context has {context_tokens} tokens and the input takes {prompt_tokens}, "
             f"so at most {room} are allowed",
+            reason=CONTEXT_LENGTH_EXCEEDED,
         )
     check_range("sampling.min_tokens", sampling.min_tokens, 0, max_tokens)
     return Sampling(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from baton.config import Config
 from baton.config_handoff import AUTO, CODECS, FLOORS, LOSS, codecs_within
-from baton.errors import DeadlineExceeded, InvalidRequest, NotFound
+from baton.errors import CONTEXT_LENGTH_EXCEEDED, DeadlineExceeded, InvalidRequest, NotFound
 from baton.request import Sampling, Work
 from baton.wire import inference_pb2 as pb
 from engine.text import Tokenizer
@@ -234,6 +234,7 @@ def _check_chars(field: str, chars: int, limits: Limits, tokenizer: Tokenizer) -
             field,
             f"is {chars} characters long; a context of {limits.context_tokens} tokens, each at most "
             f"{tokenizer.max_token_chars} characters, holds at most {most}",
+            reason=CONTEXT_LENGTH_EXCEEDED,
         )
 
 
@@ -245,4 +246,5 @@ def _check_prompt_tokens(field: str, tokens: int, limits: Limits) -> None:
             field,
             f"is {tokens} tokens long; the context has {limits.context_tokens} and one of them must be left for the "
             f"output, so at most {limits.context_tokens - 1} are allowed",
+            reason=CONTEXT_LENGTH_EXCEEDED,
         )

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from baton import host
-from baton.config import Config, SecurityConfig, load
+from baton.config import Config, load
+from baton.config_security import SecurityConfig
 from baton.errors import BatonError, ConfigError, Unavailable
 from baton.secure import ClusterKey, load_key
 from baton.wire import inference_pb2 as pb

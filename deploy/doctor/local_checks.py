@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from baton.config import Config, SecurityConfig
+from baton.config import Config
 from baton.config_handoff import HandoffConfig
+from baton.config_security import SecurityConfig
 from baton.errors import BatonError, ConfigError
 from baton.host import UNLIMITED, HostFacts
 from deploy.doctor.facts import Machine, ModelFiles, Package, Port, Torch

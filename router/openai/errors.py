@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from baton.errors import BatonError
+from baton.errors import OPENAI_CODES, BatonError
 from router.openai.answers import Error, ErrorDetail, text
 
 INVALID = "invalid_request_error"
@@ -16,6 +16,8 @@ SERVER = "server_error"
 MAX_MESSAGE_CHARS = 1000
 STATUSES: Mapping[str, tuple[int, str, str | None]] = {  # gRPC's code: HTTP's status, type and code of the error
     "INVALID_ARGUMENT": (400, INVALID, "invalid_value"),
+    "UNAUTHENTICATED": (401, INVALID, "invalid_api_key"),
+    "PERMISSION_DENIED": (403, INVALID, "insufficient_permissions"),
     "NOT_FOUND": (404, INVALID, "model_not_found"),
     "RESOURCE_EXHAUSTED": (429, "rate_limit_error", "overloaded"),
     "CANCELLED": (499, SERVER, "cancelled"),
@@ -52,13 +54,14 @@ def of(error: BatonError, renamed: Mapping[str, str]) -> HttpError:
     """``error`` of the gRPC contract. renamed: the client's names for fields of the contract (see ``translate``)."""
     status, kind, code = STATUSES.get(error.code, INTERNAL)
     param = _param(error.field, renamed)
-    headers = {}
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     if error.retry_after_ms > 0:
         headers = {
             "Retry-After": str(math.ceil(error.retry_after_ms / 1000)),
             "Retry-After-Ms": str(error.retry_after_ms),
         }
     message = f"{param}: {error.message}" if param else error.message
+    code = error.reason if error.reason in OPENAI_CODES else code
     return HttpError(status, message, kind=kind, param=param, code=code, headers=headers)
 
 

@@ -10,7 +10,11 @@ from baton.errors import BatonError, from_code
 CROSSING = [
     errors.InvalidRequest("sampling.top_p", "must be in (0, 1]"),
     errors.NotFound("model", "no such model"),
+    errors.InvalidRequest("prompt", "too long", reason=errors.CONTEXT_LENGTH_EXCEEDED),
+    errors.Unauthenticated("no key"),
+    errors.Forbidden("not yours"),
     errors.Overloaded("full", retry_after_ms=250),
+    errors.Overloaded("too often", retry_after_ms=250, reason=errors.RATE_LIMIT_EXCEEDED),
     errors.DeadlineExceeded("too late", field="budget_ms"),
     errors.Cancelled("gone"),
     errors.Unavailable("worker lost", retry_after_ms=1000),
@@ -20,8 +24,11 @@ CROSSING = [
 
 @pytest.mark.parametrize("error", CROSSING, ids=lambda error: type(error).__name__)
 def test_errors_are_rebuilt_from_what_crosses(error: BatonError) -> None:
-    again = from_code(error.code, error.message, field=error.field, retry_after_ms=error.retry_after_ms)
+    again = from_code(
+        error.code, error.message, field=error.field, retry_after_ms=error.retry_after_ms, reason=error.reason
+    )
     assert type(again) is type(error)
+    assert again.reason == error.reason
     assert (str(again), again.field, again.retry_after_ms) == (str(error), error.field, error.retry_after_ms)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.config import SecurityConfig
+from baton.config_security import SecurityConfig
 from baton.errors import ConfigError
 from baton.messages import PLANE
 from baton.secure import HELLO_BYTES, ClusterKey, Handshake, Seal, Untrusted, load_key, require_key, write_key

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from baton.config import Config, SecurityConfig, parse
+from baton.config import Config, parse
 from baton.config_handoff import HandoffConfig
+from baton.config_security import SecurityConfig
 from baton.errors import ConfigError
 from baton.host import UNLIMITED
 from baton.layout import KVLayout
