@@ -6,6 +6,7 @@
     router ──Cancel───► both       free everything of this request; no answer
     worker ──Tokens───► router     one frame per engine step with every new token for that router
     worker ──Load─────► router     pushed on change and as a heartbeat
+    worker ──Draining─► router     I leave: no new requests; those I have end here, or fail when my grace is over
     doctor ──Inspect──► both       answered by Inspected
     doctor ──Probe────► decode     a small lease of no request: Granted, then ProbeLanded or Failed
     doctor ──Probe────► prefill    with that Ticket; answered by ProbeSent or Failed
@@ -94,6 +95,7 @@ class Report:
     transfer_busy_s: float = 0.0
     transfer_bytes: int = 0
     codec_tokens: dict[str, int] = field(default_factory=dict)  # (layer, token) pairs that crossed in each codec
+    carrier: str = ""  # what moved the bytes, as the transport itself says
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,6 @@ class Load:
     pages_cached: int = 0  # in the prefix cache, used or free: unlike the others it stays when the worker is idle
     prompt_token_s: float = 0.0  # what a prompt token cost lately, beside whatever else ran; 0 while none was computed
     connections_refused: int = 0  # since the start: connections that did not prove the cluster key
-
-
     step_s: float = 0.0  # what a step of decodes cost lately, apart from its sequences; 0 while none was computed
     sequence_s: float = 0.0  # what each sequence added to such a step
     prefix_lookup_tokens: int = 0  # since the start: of sequences that got pages, so looked up in the prefix cache
@@ -143,6 +143,8 @@ class Load:
 @dataclass(frozen=True, slots=True)
 class Draining:
     """The worker finishes what it has and takes nothing new."""
+
+
 @dataclass(frozen=True, slots=True)
 class Inspect:
     request_id: str
@@ -194,6 +196,6 @@ class ProbeLanded:
 
 
 PLANE = Registry(
-    Reserve, Prefill, Decode, Cancel, Hello, Granted, Tokens, Report, Handed, Failed, Load,
+    Reserve, Prefill, Decode, Cancel, Hello, Granted, Tokens, Report, Handed, Failed, Load, Draining,
     Inspect, Inspected, Probe, ProbeSent, ProbeLanded,
 )  # fmt: skip

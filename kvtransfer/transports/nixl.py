@@ -202,6 +202,7 @@ class NixlSource:
         self._base, self._exported = base, exported
         self._interrupted = False
         self._left = False
+        self._carrier = ""
 
     def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> None:
         check_range(offset, nbytes, self._exported)
@@ -218,7 +219,8 @@ class NixlSource:
             pause_s = min(_POLL_MOST_S, pause_s * 1.5)
 
     def carrier(self) -> str:
-        return describe(ucx_paths(), self._agent.name) or "UCX's choice, unknown"
+        self._carrier = self._carrier or describe(ucx_paths(), self._agent.name)  # once known: it is asked per handoff
+        return self._carrier or "UCX's choice, unknown"
 
     def interrupt(self) -> None:
         self._interrupted = True
