@@ -1,0 +1,99 @@
+"""Token buckets of tenants."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router import limits
+from router.limits import Limits, TenantLimits
+
+
+def test_without_limits_nothing_is_refused_nor_remembered() -> None:
+    free = Limits()
+    assert all(free.take("", 10**9, 0.0) is None for _ in range(100))
+    free.give_back("", 5, 0.0)
+    assert not free._accounts
+
+
+def test_requests_per_minute() -> None:
+    tenants = Limits(TenantLimits(requests_per_minute=2))
+    assert tenants.take("a", 1, 0.0) is None
+    assert tenants.take("a", 1, 0.0) is None
+    refusal = tenants.take("a", 1, 0.0)
+    assert refusal is not None
+    assert refusal.message == "1 requests asked for, 0 left of 2 requests per minute"
+    assert refusal.retry_after_s == pytest.approx(30.0)
+    assert tenants.take("b", 1, 0.0) is None  # another tenant has a bucket of its own
+    assert tenants.take("a", 1, refusal.retry_after_s) is None
+
+
+def test_tokens_per_minute_and_what_did_not_come() -> None:
+    tenants = Limits(own={"a": TenantLimits(tokens_per_minute=600)})
+    assert tenants.take("a", 500, 0.0) is None
+    refusal = tenants.take("a", 200, 0.0)
+    assert refusal is not None
+    assert refusal.retry_after_s == pytest.approx(10.0)
+    tenants.give_back("a", 100, 0.0)
+    assert tenants.take("a", 200, 0.0) is None
+    tenants.give_back("a", 10**6, 0.0)  # never more than a minute's worth
+    assert tenants.take("a", 600, 0.0) is None
+    assert tenants.take("a", 1, 0.0) is not None
+    assert tenants.take("anybody else", 10**6, 0.0) is None
+
+
+def test_a_request_larger_than_the_bucket_passes_when_it_is_full_and_leaves_a_debt() -> None:
+    tenants = Limits(TenantLimits(tokens_per_minute=60))
+    assert tenants.take("a", 120, 0.0) is None
+    refusal = tenants.take("a", 1, 0.0)
+    assert refusal is not None
+    assert refusal.retry_after_s == pytest.approx(61.0)
+
+
+def test_refused_tokens_cost_no_request() -> None:
+    tenants = Limits(TenantLimits(requests_per_minute=2, tokens_per_minute=60))
+    assert tenants.take("a", 60, 0.0) is None
+    assert tenants.take("a", 60, 0.0) is not None
+    assert tenants.take("a", 0, 0.0) is None  # the second request is still there
+
+
+def test_full_buckets_are_forgotten_and_changed_limits_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_TENANTS", 3)
+    own: dict[str, TenantLimits] = {}
+    tenants = Limits(TenantLimits(requests_per_minute=60), own)
+    for index in range(10):
+        tenants.take(f"t{index}", 1, 10.0 * index)
+    assert len(tenants._accounts) <= 3
+    own["t9"] = TenantLimits(requests_per_minute=1)
+    assert tenants.take("t9", 1, 90.0) is None
+    assert tenants.take("t9", 1, 90.0) is not None
+
+
+@given(
+    st.integers(1, 50),
+    st.integers(1, 500),
+    st.lists(st.tuples(st.floats(0.0, 20.0), st.integers(0, 100), st.booleans()), max_size=60),
+)
+def test_no_minute_gives_more_than_two_buckets_and_every_hint_is_kept(
+    requests: int, tokens: int, asks: list[tuple[float, int, bool]]
+) -> None:
+    tenants = Limits(TenantLimits(requests, tokens))
+    now_s, taken = 0.0, list[tuple[float, int]]()
+    for pause_s, amount, waits in asks:
+        now_s += pause_s
+        refusal = tenants.take("a", amount, now_s)
+        if refusal is not None and waits:
+            assert refusal.retry_after_s > 0.0
+            for _ in range(2):  # the hint is for what was short first; the other bucket may be short too
+                now_s += refusal.retry_after_s + 1e-6
+                refusal = tenants.take("a", amount, now_s)
+                if refusal is None:
+                    break
+            assert refusal is None
+        if refusal is None:
+            taken.append((now_s, amount))
+    for begin_s, _ in taken:
+        window = [amount for at_s, amount in taken if begin_s <= at_s < begin_s + 60.0]
+        assert len(window) <= 2 * requests
+        assert sum(window) <= 2 * tokens + 2 * max(window)
