@@ -60,6 +60,7 @@ class Work:
     sampling: Sampling
     priority: int
     budget_s: float
+    session: str = ""  # digest of the client's name for the conversation; empty when it gave none
 
 
 @dataclass(frozen=True, slots=True)

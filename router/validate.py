@@ -20,6 +20,7 @@ from router import sampling
 from router.fields import check_ids, check_range, shown
 
 MAX_MODEL_CHARS = 256
+MAX_SESSION_CHARS = 256
 MAX_PRIORITY = 100
 MAX_MESSAGES = 1024
 MAX_OUTPUTS = 32
@@ -64,11 +65,12 @@ class ParsedRequest:
     codec: str  # or "auto": any that the floor allows
     floor: str = "exact"
     outputs: int = 1
+    session: str = ""  # a digest: what the client calls it stays here
 
     def work(self, request_id: str, output: int = 0) -> Work:
         """What workers compute for one of the outputs, under the id that they know it by."""
         sampling = replace(self.sampling, seed=(self.sampling.seed + output) % SEEDS) if output else self.sampling
-        return Work(request_id, self.prompt, sampling, self.priority, self.budget_s)
+        return Work(request_id, self.prompt, sampling, self.priority, self.budget_s, session=self.session)
 
 
 def parse(
@@ -106,6 +108,7 @@ def parse(
         codec=codec,
         floor=floor,
         outputs=outputs,
+        session=_session(request.session),
     )
 
 
@@ -154,6 +157,12 @@ def _request_id(request: pb.GenerateRequest, seed: int) -> str:
     if not REQUEST_ID.fullmatch(request.request_id):
         raise InvalidRequest("request_id", f"is {shown(request.request_id)}; allowed: {REQUEST_ID.pattern}")
     return request.request_id
+
+
+def _session(session: str) -> str:
+    if len(session) > MAX_SESSION_CHARS:
+        raise InvalidRequest("session", f"is {len(session)} characters long; at most {MAX_SESSION_CHARS} are allowed")
+    return hashlib.blake2b(session.encode(), digest_size=8).hexdigest() if session else ""
 
 
 def _budget_s(request: pb.GenerateRequest, limits: Limits, grpc_remaining_s: float | None) -> float:

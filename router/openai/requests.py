@@ -1,8 +1,8 @@
 """The bodies that clients may send: OpenAI's fields, what this server adds to them, and which values it takes.
 
 What OpenAI's API knows and would change the output, but this server cannot do, is a field of type :data:`Unsupported`:
-null or left out it does nothing, anything else is refused by name. Fields that could not change the output (``user``,
-``metadata``, ``store`` ...) are accepted and ignored. Any other field is unknown, and refused as OpenAI does.
+null or left out it does nothing, anything else is refused by name. Fields that could not change the output
+(``metadata``, ``store`` ...) are accepted and ignored. Any other field is unknown, and refused as OpenAI does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.sampling import MAX_BIAS, MAX_BIASES, MAX_STOP_CHARS, MAX_STOP_IDS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
-from router.validate import MAX_MESSAGES, MAX_MODEL_CHARS, MAX_OUTPUTS, MAX_PRIORITY
+from router.validate import MAX_MESSAGES, MAX_MODEL_CHARS, MAX_OUTPUTS, MAX_PRIORITY, MAX_SESSION_CHARS
 
 MAX_PROMPTS = 32  # in one request
 INT32 = (1 << 31) - 1
@@ -77,7 +77,11 @@ class SamplingBody(Body):
     use_beam_search: Annotated[bool, Field(description="Must be false.")] | None = None
     baton: BatonOptions | None = None
     # Of OpenAI, without effect on the output:
-    user: Annotated[str, Field(description="Accepted and ignored.")] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=MAX_SESSION_CHARS, description="Names the session.")] | None = None
+    user: (
+        Annotated[str, Field(max_length=MAX_SESSION_CHARS, description="Names the session without prompt_cache_key.")]
+        | None
+    ) = None
 
 
 class CompletionRequest(SamplingBody):
@@ -134,7 +138,6 @@ class ChatRequest(SamplingBody):
     metadata: Ignored
     store: Ignored
     service_tier: Ignored
-    prompt_cache_key: Ignored
     prompt_cache_retention: Ignored
     safety_identifier: Ignored
     audio: Unsupported

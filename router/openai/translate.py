@@ -125,7 +125,13 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 
 def _request(body: SamplingBody, sampling: pb.Sampling, request_id: str) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(model=body.model or "", sampling=sampling, request_id=request_id, n=body.n or 1)
+    request = pb.GenerateRequest(
+        model=body.model or "",
+        sampling=sampling,
+        request_id=request_id,
+        n=body.n or 1,
+        session=body.prompt_cache_key or body.user or "",
+    )
     if (options := body.baton) is not None:
         request.priority = options.priority
         request.handoff.CopyFrom(pb.Handoff(codec=options.codec, quality_floor=options.quality_floor))
