@@ -77,11 +77,10 @@ class SamplingBody(Body):
     use_beam_search: Annotated[bool, Field(description="Must be false.")] | None = None
     baton: BatonOptions | None = None
     # Of OpenAI, without effect on the output:
-    prompt_cache_key: Annotated[str, Field(max_length=MAX_SESSION_CHARS, description="Names the session.")] | None = None
-    user: (
-        Annotated[str, Field(max_length=MAX_SESSION_CHARS, description="Names the session without prompt_cache_key.")]
-        | None
-    ) = None
+    prompt_cache_key: Annotated[str, Field(max_length=MAX_SESSION_CHARS, description="The session.")] | None = None
+    user: Annotated[str, Field(max_length=MAX_SESSION_CHARS, description="Of no prompt_cache_key: the session.")] | None = (
+        None
+    )
 
 
 class CompletionRequest(SamplingBody):
