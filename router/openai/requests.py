@@ -78,9 +78,9 @@ class SamplingBody(Body):
     baton: BatonOptions | None = None
     # Of OpenAI, without effect on the output:
     prompt_cache_key: Annotated[str, Field(max_length=MAX_SESSION_CHARS, description="The session.")] | None = None
-    user: Annotated[str, Field(max_length=MAX_SESSION_CHARS, description="Of no prompt_cache_key: the session.")] | None = (
-        None
-    )
+    user: (
+        Annotated[str, Field(max_length=MAX_SESSION_CHARS, description="Of no prompt_cache_key: the session.")] | None
+    ) = None
 
 
 class CompletionRequest(SamplingBody):
