@@ -4,6 +4,7 @@
     router ──Prefill──► prefill    with the Ticket; answered by Tokens (the first token), Report, then Handed or Failed
     router ──Decode───► decode     compute the whole sequence there, without a handoff
     router ──Cancel───► both       free everything of this request; no answer
+    router ──WatchCache► both      answered by CacheEvents with all that the prefix cache holds, then with every change
     worker ──Tokens───► router     one frame per engine step with every new token for that router
     worker ──Load─────► router     pushed on change and as a heartbeat
     worker ──Draining─► router     I leave: no new requests; those I have end here, or fail when my grace is over
@@ -195,7 +196,26 @@ class ProbeLanded:
     carrier: str  # what it uses, as the transport itself says
 
 
+@dataclass(frozen=True, slots=True)
+class WatchCache:
+    """The router wants to know what the worker's prefix cache holds, from now on; said again, everything anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvents:
+    """Blocks of tokens (``baton.blocks``) that the worker's prefix cache holds or no longer holds.
+
+    reset: what was known before is void, and ``added`` is all there is. Otherwise ``sequence`` is one more than that of
+    the record before, or something was missed.
+    """
+
+    sequence: int
+    reset: bool
+    added: tuple[int, ...]
+    removed: tuple[int, ...]
+
+
 PLANE = Registry(
     Reserve, Prefill, Decode, Cancel, Hello, Granted, Tokens, Report, Handed, Failed, Load, Draining,
-    Inspect, Inspected, Probe, ProbeSent, ProbeLanded,
+    Inspect, Inspected, Probe, ProbeSent, ProbeLanded, WatchCache, CacheEvents,
 )  # fmt: skip

@@ -6,10 +6,12 @@ import asyncio
 import logging
 from typing import Protocol
 
+from baton.blocks import BlockJournal
+from baton.cache_feed import CacheFeed
 from baton.errors import BatonError, Internal, ProtocolError, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
-from baton.messages import HEARTBEAT_S, PLANE, Failed, Hello, Load
+from baton.messages import HEARTBEAT_S, PLANE, Failed, Hello, Load, WatchCache
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +34,19 @@ class PlaneHandler(Protocol):
 class PlaneServer:
     """Listens for routers on ``host``; ``port`` is known after :meth:`start`."""
 
-    def __init__(self, handler: PlaneHandler, hello: Hello, *, host: str, guard: Guard | None = None) -> None:
-        """``guard``: who may connect; None lets everybody in."""
+    def __init__(
+        self,
+        handler: PlaneHandler,
+        hello: Hello,
+        *,
+        host: str,
+        guard: Guard | None = None,
+        journal: BlockJournal | None = None,
+    ) -> None:
+        """``guard``: who may connect; None lets everybody in. ``journal``: of the prefix cache; None has no such."""
         self._handler, self._hello, self._host = handler, hello, host
         self._guard = guard or Guard()
+        self._feed = CacheFeed(journal or BlockJournal())
         self._links: set[FrameStream] = set()
         self._connections: set[asyncio.Task[None]] = set()
         self._pushed: Load | None = None
@@ -76,12 +87,16 @@ class PlaneServer:
             link.send(self._hello)
             link.send(self._handler.load())
             while (record := await link.receive()) is not None:
-                self._handler.received(link, record)
+                if isinstance(record, WatchCache):
+                    self._feed.watch(link)
+                else:
+                    self._handler.received(link, record)
         except (ProtocolError, Unavailable) as error:
             log.warning("router %s: %s; connection closed", link.peer, error)
         finally:
             self._links.discard(link)
             link.abort()
+            self._feed.gone(link)
             self._handler.gone(link)
             log.info("router %s disconnected", link.peer)
 
@@ -90,6 +105,7 @@ class PlaneServer:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(LOAD_CHANGED_S)
+            self._feed.push()
             load = self._handler.load()
             if load == self._pushed and loop.time() - last_push_s < HEARTBEAT_S:
                 continue

@@ -73,7 +73,7 @@ class DecodeWorker:
             self.layout, config.handoff, host=host, guard=guard, accelerator=accelerator, **identity
         )
         hello = Hello(role="decode", layout=self.layout.family, dtype=self.layout.dtype, **identity)
-        self._plane = PlaneServer(self, hello, host=host, guard=guard)
+        self._plane = PlaneServer(self, hello, host=host, guard=guard, journal=self._engine.blocks)
         self._jobs: dict[str, _Job] = {}
         self._tasks = Jobs(broke)
         self._probes = Probes(

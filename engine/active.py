@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from baton.blocks import BlockChain
 from baton.request import FinishReason, Work
-from engine.prefix import chain
+from engine.prefix import PageName, chain
 from engine.sampler import TokenCounts, counts_for
 
 
@@ -18,13 +19,14 @@ class Active:
         self.counts: TokenCounts | None = counts_for(work.sampling, work.prompt)
         self._page_tokens = page_tokens
         self._key = salt  # of the last full page
+        self._blocks = BlockChain()
         self.keys = self._extend(work.prompt)  # of the prompt's full pages
 
     @property
     def outputs(self) -> int:
         return len(self.tokens) - len(self.work.prompt)
 
-    def append(self, token: int) -> bytes | None:
+    def append(self, token: int) -> PageName | None:
         """A new output token. The name of the page that it fills, if it does."""
         if self.counts is not None:
             self.counts.add(token)
@@ -39,7 +41,7 @@ class Active:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.outputs >= sampling.max_tokens else None
 
-    def _extend(self, tokens: Sequence[int]) -> tuple[bytes, ...]:
+    def _extend(self, tokens: Sequence[int]) -> tuple[PageName, ...]:
         """Names of the pages that ``tokens``, the next ones, fill."""
         size = self._page_tokens
         first = len(self.tokens) // size
@@ -48,6 +50,7 @@ class Active:
             return ()
         keys = []
         for page in range(first, len(self.tokens) // size):
-            self._key = chain(self._key, self.tokens[page * size : (page + 1) * size])
-            keys.append(self._key)
+            content = self.tokens[page * size : (page + 1) * size]
+            self._key = chain(self._key, content)
+            keys.append(PageName(self._key, self._blocks.extend(content)))
         return tuple(keys)

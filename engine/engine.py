@@ -6,10 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 
+from baton.blocks import BlockJournal
 from baton.errors import InvalidRequest, NotFound, ProtocolError
 from baton.request import Sampling, TokenEvent, Work
 from engine.active import Active
@@ -18,6 +19,7 @@ from engine.cache import KVCache, PagedKV
 from engine.model import Model
 from engine.pace import Pace
 from engine.pages import PagePool
+from engine.prefix import Key, PageName
 from engine.ranks import Ranks
 from engine.runner import Runner, Step
 from engine.sampler import NO_TOKEN, Choice, Row, sample
@@ -112,6 +114,9 @@ class Engine:
         self._pace = None if mixed_tokens else Pace(gap_s)
         self._speed, self._steps = PromptSpeed(), StepSpeed()
         self._salt = model.layout.fingerprint.encode() if prefix_cache else None
+        self.blocks = BlockJournal()  # of the prefix cache
+        self._scheduler.holdings.cache.on_change = self._note
+        self._scheduler.holdings.cache.on_clear = self.blocks.clear
         self._active: dict[str, Active] = {}
         self._past_timings: dict[str, Timing] = {}
         self._checked = self._pool.changes
@@ -262,6 +267,9 @@ class Engine:
         length = len(work.prompt) + (1 if prefill_only else work.sampling.max_tokens)
         if length > self._model.max_context:
             raise InvalidRequest("prompt", f"{length} tokens exceed the context of {self._model.max_context}")
+
+    def _note(self, key: Key, held: bool) -> None:
+        self.blocks.change(cast(PageName, key).blocks, held=held)
 
     def _append(self, active: Active, token: int) -> None:
         """A new output token; the scheduler learns the name of a page that it fills."""

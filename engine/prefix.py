@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import array
 import hashlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from engine.pages import PageIntegrityError, PagePool
 
@@ -31,6 +31,13 @@ def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(parent + array.array("q", tokens).tobytes(), digest_size=KEY_BYTES).digest()
 
 
+class PageName(NamedTuple):
+    """The key of a page of tokens, and the names of the blocks (``baton.blocks``) that end in it."""
+
+    digest: bytes
+    blocks: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     key: Key
@@ -38,12 +45,17 @@ class _Entry:
 
 
 class PrefixCache:
-    """What ``pool``'s kept pages hold. One thread."""
+    """What ``pool``'s kept pages hold. One thread.
+
+    ``on_change`` is told of every key that comes or goes, and ``on_clear`` when they all go.
+    """
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._pages: dict[Key, int] = {}
         self._entries: dict[int, _Entry] = {}
+        self.on_change: Callable[[Key, bool], None] | None = None
+        self.on_clear: Callable[[], None] | None = None
         pool.on_evict = self._forget
 
     def __len__(self) -> int:
@@ -70,12 +82,16 @@ class PrefixCache:
         self._pool.keep(page)
         self._pages[key] = page
         self._entries[page] = _Entry(key, parent)
+        if self.on_change is not None:
+            self.on_change(key, True)
 
     def clear(self) -> None:
         """Nothing is cached any more."""
         self._pages.clear()
         self._entries.clear()
         self._pool.keep_none()
+        if self.on_clear is not None:
+            self.on_clear()
 
     def check_integrity(self, paths: Iterable[tuple[Sequence[Key], Sequence[int]]]) -> None:
         """Raises :class:`PageIntegrityError` unless the tree is whole.
@@ -101,4 +117,7 @@ class PrefixCache:
                 raise PageIntegrityError(f"pages {list(pages)} are shared but not cached")
 
     def _forget(self, page: int) -> None:
-        del self._pages[self._entries.pop(page).key]
+        key = self._entries.pop(page).key
+        del self._pages[key]
+        if self.on_change is not None:
+            self.on_change(key, False)

@@ -70,7 +70,7 @@ class PrefillWorker:
             self.layout, config.handoff, host=host, key=guard.key, accelerator=accelerator, **identity
         )
         hello = Hello(role="prefill", layout=self.layout.family, dtype=self.layout.dtype, **identity)
-        self._plane = PlaneServer(self, hello, host=host, guard=guard)
+        self._plane = PlaneServer(self, hello, host=host, guard=guard, journal=self._engine.blocks)
         self._jobs: dict[str, _Job] = {}
         self._tasks = Jobs(broke)
         self._probes = Probes(
