@@ -28,6 +28,8 @@ from baton.tasks import on_own_thread
 from baton.wire import inference_pb2
 from decode_worker.worker import DecodeWorker
 from deploy.discovery import Directory
+from deploy.scaling import LOAD, decode_load, prefill_load
+from deploy.serve_config import deployments
 from engine import affinity, hub
 from engine.build import load_model, start_ranks
 from engine.model import Model
@@ -41,15 +43,6 @@ from router.service import InferenceService
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-SERVICER_FUNCTIONS = [
-    "router.handlers.add_inference_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-]
-
-ROUTER_CPUS = 0.1
-HEALTH_CHECK_S = 2.0
-GRACE_S = 5.0
-
 
 def build(args: dict[str, Any]) -> Application:
     """The application for the configuration tree ``args``; raises ConfigError for a bad one."""
@@ -57,38 +50,10 @@ def build(args: dict[str, Any]) -> Application:
     if config.handoff.transport == "loopback" and config.prefill.replicas:
         raise ConfigError("loopback joins workers of one process only; use nixl or tcp", field="handoff.transport")
     tree = config.model_dump()
-    pools = [
-        _deployment(replica, role, pool).bind(tree)
-        for role, replica, pool in (
-            ("prefill", PrefillReplica, config.prefill),
-            ("decode", DecodeReplica, config.decode),
-        )
-        if pool.replicas
-    ]
-    router = serve.deployment(
-        serve.ingress()(RouterReplica),  # gRPC methods and the HTTP application of one class, in one process
-        name="router",
-        num_replicas=config.router.replicas,
-        ray_actor_options={"num_cpus": ROUTER_CPUS},
-        max_ongoing_requests=2 * config.router.max_inflight,  # the router refuses before Serve would queue
-        health_check_period_s=HEALTH_CHECK_S,
-    )
-    return router.bind(tree, pools)
-
-
-def _deployment(replica: type[Any], role: str, pool: PoolConfig) -> Any:
-    return serve.deployment(
-        replica,
-        name=role,
-        num_replicas=pool.replicas,
-        # One actor stands for all its ranks, which are its child processes: they are placed together or not at all.
-        ray_actor_options={
-            "num_cpus": pool.cpus * pool.tensor_parallel,
-            "resources": {name: amount * pool.tensor_parallel for name, amount in pool.resources.items()},
-        },
-        health_check_period_s=HEALTH_CHECK_S,
-        graceful_shutdown_timeout_s=GRACE_S,
-    )
+    # gRPC methods and the HTTP application of one class, in one process
+    classes = {"prefill": PrefillReplica, "decode": DecodeReplica, "router": serve.ingress()(RouterReplica)}
+    *pools, router = (serve.deployment(classes[options["name"]], **options) for options in deployments(config))
+    return router.bind(tree, [pool.bind(tree) for pool in pools])
 
 
 class RouterReplica:
@@ -168,6 +133,7 @@ class _WorkerReplica:
         context = serve.get_replica_context()
         self._host = config.worker_host or ray.util.get_node_ip_address()
         pool: PoolConfig = getattr(config, self._role)
+        self._max_running = pool.max_running
         # Before the model's threads and ranks start: they stay where their process is.
         self._cores = affinity.pin(_threads(config, pool) * pool.tensor_parallel) if pool.pin else None
         model, ranks = await on_own_thread(partial(_load, config, pool))
@@ -188,6 +154,11 @@ class _WorkerReplica:
             "port": self._worker.port,
             "generation": self._worker.generation,
         }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For :class:`deploy.scaling.LoadPolicy`; Serve asks where a pool has ``max_replicas``."""
+        load = self._worker.load()
+        return {LOAD: prefill_load(load) if self._role == "prefill" else decode_load(load, self._max_running)}
 
     def check_health(self) -> None:
         if self._worker.failure is not None:

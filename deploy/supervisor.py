@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import psutil
 
 from baton.config import Config, load
 from baton.errors import ConfigError
+from deploy import serve_config
 
 INGRESS_PORTS = 64  # for the router replicas of one cluster, per protocol; released ones stay blocked for a while
 PORT_RANGE = (20000, 32000)  # below the ephemeral ports, which outgoing connections take
@@ -33,9 +35,8 @@ def environment(config: Config, folder: Path) -> dict[str, str]:
     """What Ray and Serve read once at import: HAProxy ingress with its files and ports private to this cluster."""
     haproxy = folder / "h"
     ports = free_ports(2 * INGRESS_PORTS + 2)
-    return {
+    return serve_config.environment(config) | {
         "RAY_AUTH_MODE": "disabled",
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
@@ -43,21 +44,10 @@ def environment(config: Config, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports + 2 * INGRESS_PORTS),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports + 2 * INGRESS_PORTS + 1),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        # Every reload leaves the streams of before to the old process: it must live as long as the longest of them.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(config.router.deadline_s)),
-        "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(2 * config.router.max_inflight),
-        "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": str(2 * config.router.max_inflight),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports + INGRESS_PORTS - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports + INGRESS_PORTS),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports + 2 * INGRESS_PORTS - 1),
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_worker_niceness": "0",  # Ray makes its workers yield to every other process by default
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DISABLE_IMPORT_WARNING": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
 
 
@@ -109,19 +99,23 @@ def _run(config: Config, folder: Path, scratch: Path, stop: threading.Event) -> 
     return 0
 
 
-def start_serve(config: Config) -> None:
-    """Serve with its ingress on the head node, and the application; returns when every replica runs."""
-    from ray import serve
-    from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+def start_serve(tree: Mapping[str, Any]) -> None:
+    """Serve as :func:`deploy.serve_config.serve_config` has it; returns when every replica runs.
 
-    from deploy.app import SERVICER_FUNCTIONS, build
+    Told to Serve piece by piece, which spares a local start the process in which ``serve deploy`` builds applications.
+    """
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from deploy.app import build
 
     serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=config.ingress.host, port=config.ingress.http_port),
-        grpc_options=gRPCOptions(port=config.ingress.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS),
+        proxy_location=tree["proxy_location"],
+        http_options=HTTPOptions(**tree["http_options"]),
+        grpc_options=gRPCOptions(**tree["grpc_options"]),
     )
-    serve.run(build(config.model_dump()), name=config.name, route_prefix="/")
+    for app in tree["applications"]:
+        serve.run(build(app["args"]), name=app["name"], route_prefix=app["route_prefix"])
 
 
 def _serve(config: Config, folder: Path, stop: threading.Event) -> None:
@@ -131,7 +125,7 @@ def _serve(config: Config, folder: Path, stop: threading.Event) -> None:
     watcher = threading.Thread(target=_tell_replicas, args=(folder, config.name, told), daemon=True)
     watcher.start()
     try:
-        start_serve(config)
+        start_serve(serve_config.serve_config(config))
     finally:
         told.set()
         watcher.join(5.0)
@@ -163,16 +157,23 @@ def _tell_replicas(folder: Path, app: str, told: threading.Event) -> None:
 
 
 def _cpus_needed(config: Config) -> int:
-    pools = (config.prefill, config.decode)
-    workers = sum(pool.replicas * pool.tensor_parallel * pool.cpus for pool in pools)
-    return 2 + int(workers + 0.1 * config.router.replicas + 1)
+    options = serve_config.deployments(config)
+    return 3 + int(sum(one["ray_actor_options"]["num_cpus"] * _most_replicas(one) for one in options))
+
+
+def _most_replicas(options: dict[str, Any]) -> int:
+    """So many of them there may be: room for an upgrade included."""
+    most: int = (
+        options["autoscaling_config"]["max_replicas"] if "autoscaling_config" in options else options["num_replicas"]
+    )
+    return most + math.ceil(most * options["max_surge_percent"] / 100)
 
 
 def _resources_needed(config: Config) -> dict[str, float]:
     total: dict[str, float] = {}
-    for pool in (config.prefill, config.decode):
-        for name, amount in pool.resources.items():
-            total[name] = total.get(name, 0.0) + amount * pool.replicas * pool.tensor_parallel
+    for options in serve_config.deployments(config):
+        for name, amount in options["ray_actor_options"]["resources"].items():
+            total[name] = total.get(name, 0.0) + amount * _most_replicas(options)
     return total
 
 

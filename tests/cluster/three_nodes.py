@@ -17,6 +17,7 @@ import grpc
 from baton.config import parse
 from baton.wire import inference_pb2 as pb
 from baton.wire import inference_pb2_grpc
+from deploy.serve_config import serve_config
 from deploy.supervisor import environment, scratch_folder, start_serve
 
 READY_TIMEOUT_S = 120.0
@@ -52,7 +53,7 @@ def main() -> None:
         cluster.add_node(node_ip_address=address, num_cpus=2, resources={role: 1}, **common)
     ray.init(address=cluster.address, log_to_driver=False)
     try:
-        start_serve(config)
+        start_serve(serve_config(config) | {"proxy_location": "HeadOnly"})  # three proxies would share one port
         print(json.dumps(ask(prompt_ids)), flush=True)
     finally:
         ray.shutdown()
