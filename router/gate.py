@@ -1,0 +1,127 @@
+"""Who gets in at the front: every call shows its API key here before anything of it is read or parsed (ADR 13).
+
+The keys' file is looked at once a second at most, when somebody calls, so that keys come and go without a restart. Of a
+file that cannot be read or parsed the keys of before stay: half a file must neither lock everybody out nor let anybody in.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from baton.api_keys import ANYBODY, MAX_FILE_BYTES, Caller, Keyring
+from baton.config import Config
+from baton.errors import ConfigError, Forbidden, Unauthenticated
+from baton.secure import ClusterKey
+
+log = logging.getLogger(__name__)
+
+AUTHORIZATION = "authorization"
+FRONT_HEADER = "x-baton-front"  # set by the ingress on everything that it lets pass, whatever the client sent
+RELOAD_S = 1.0
+LOG_S = 1.0  # refusals are logged at most this often
+
+Metadata = Mapping[str, str | bytes]
+_Version = tuple[int, int, int]  # mtime, size, inode
+
+
+class Gate:
+    """One per router. Open to anybody where the configuration names no keys."""
+
+    def __init__(self, config: Config, key: ClusterKey | None = None) -> None:
+        """``key``: the cluster's. Raises :class:`ConfigError` where the file is missing or wrong now."""
+        path = config.security.api_keys_file
+        self._path = Path(path).expanduser() if path else None
+        self._passage = front_token(key) if config.ingress.tls.on and key is not None else ""
+        self._keyring, self._version = self._read() if self._path else (Keyring(), (0, 0, 0))
+        self._looked_at_s, self._logged_at_s = time.monotonic(), -LOG_S
+        self.refused = 0  # calls without a good key, or past the ingress
+
+    def admit(self, metadata: Metadata) -> Caller:
+        """Whose call it is, by its HTTP headers or gRPC metadata (names in lower case). Raises Unauthenticated."""
+        if self._passage and not _same(metadata.get(FRONT_HEADER, ""), self._passage):
+            raise self._refusal("this port is for the ingress, which alone checks certificates")
+        if self._path is None:
+            return ANYBODY
+        self._reload()
+        kind, _, presented = _text(metadata.get(AUTHORIZATION, "")).strip().partition(" ")
+        if not presented:
+            raise self._refusal("an API key is needed: send it as 'Authorization: Bearer KEY'")
+        caller = self._keyring.find(presented.strip()) if kind.lower() == "bearer" else None
+        if caller is None:
+            raise self._refusal("the API key is wrong or was revoked")
+        return caller
+
+    def admit_operator(self, metadata: Metadata) -> Caller:
+        """As :meth:`admit`, for what concerns all tenants. Raises Forbidden for the key of an ordinary one."""
+        caller = self.admit(metadata)
+        if not caller.operator:
+            raise Forbidden("this needs an operator's key (`baton keys create --operator`)")
+        return caller
+
+    def _reload(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._looked_at_s < RELOAD_S:
+            return
+        self._looked_at_s = now_s
+        try:
+            if _version(self._file) != self._version:
+                self._keyring, self._version = self._read()
+                log.info("%s: %d keys", self._path, len(self._keyring.keys))
+        except ConfigError as error:
+            log.error("the API keys of before stay in force: %s", error)
+
+    @property
+    def _file(self) -> Path:
+        assert self._path is not None
+        return self._path
+
+    def _read(self) -> tuple[Keyring, _Version]:
+        version = _version(self._file)  # of before: a change meanwhile is read the next time
+        return read_keys(self._file), version
+
+    def _refusal(self, why: str) -> Unauthenticated:
+        self.refused += 1
+        now_s = time.monotonic()
+        if now_s - self._logged_at_s >= LOG_S:
+            log.warning("call refused: %s (%d so far)", why, self.refused)
+            self._logged_at_s = now_s
+        return Unauthenticated(why)
+
+
+def read_keys(path: Path) -> Keyring:
+    """The keys in the file at ``path``. Raises :class:`ConfigError`."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_FILE_BYTES + 1).decode()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", field="security.api_keys_file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text", field="security.api_keys_file") from None
+    if len(text) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes", field="security.api_keys_file")
+    return Keyring.parse(text)
+
+
+def front_token(key: ClusterKey) -> str:
+    """What the ingress adds to every call, so that routers know those that came by another way."""
+    return key.derive("front", 32).hex()
+
+
+def _version(path: Path) -> _Version:
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", field="security.api_keys_file") from None
+    return state.st_mtime_ns, state.st_size, state.st_ino
+
+
+def _same(presented: str | bytes, wanted: str) -> bool:
+    return hmac.compare_digest(_text(presented).encode(errors="replace"), wanted.encode())
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
