@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,22 +77,27 @@ class RouterReplica:
     async def Tokenize(  # noqa: N802
         self, request: bytes, grpc_context: RayServegRPCContext
     ) -> inference_pb2.TokenizeResponse:
-        return await _answer(self._service.tokenize(request), inference_pb2.TokenizeResponse(), grpc_context)
+        return await self._answer(
+            partial(self._service.tokenize, request), inference_pb2.TokenizeResponse(), grpc_context
+        )
 
     async def Detokenize(  # noqa: N802
         self, request: bytes, grpc_context: RayServegRPCContext
     ) -> inference_pb2.DetokenizeResponse:
-        return await _answer(self._service.detokenize(request), inference_pb2.DetokenizeResponse(), grpc_context)
+        return await self._answer(
+            partial(self._service.detokenize, request), inference_pb2.DetokenizeResponse(), grpc_context
+        )
 
     async def ListModels(  # noqa: N802
-        self, request: bytes
+        self, request: bytes, grpc_context: RayServegRPCContext
     ) -> inference_pb2.ListModelsResponse:
-        return self._service.list_models()
+        return await self._answer(self._service.list_models, inference_pb2.ListModelsResponse(), grpc_context)
 
     async def GetStatus(  # noqa: N802
-        self, request: bytes
+        self, request: bytes, grpc_context: RayServegRPCContext
     ) -> inference_pb2.GetStatusResponse:
-        return self._service.report()
+        empty = inference_pb2.GetStatusResponse()
+        return await self._answer(self._service.report, empty, grpc_context, for_operators=True)
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
@@ -109,14 +114,18 @@ class RouterReplica:
         """The HTTP side, which Serve calls for once the constructor is done."""
         return build_http(self._service)
 
-
-async def _answer(call: Awaitable[T], empty: T, context: RayServegRPCContext) -> T:
-    """What ``call`` returns; its error becomes the status of ``context``, beside an ``empty`` answer."""
-    try:
-        return await call
-    except BatonError as error:
-        status.set_on(context, error)
-        return empty
+    async def _answer(
+        self, call: Callable[[], T | Awaitable[T]], empty: T, context: RayServegRPCContext, for_operators: bool = False
+    ) -> T:
+        """What ``call`` returns to those who may ask; an error becomes the status, beside an ``empty`` answer."""
+        gate = self._service.gate
+        try:
+            (gate.admit_operator if for_operators else gate.admit)(status.metadata(context))
+            answer = call()
+            return await answer if isinstance(answer, Awaitable) else answer
+        except BatonError as error:
+            status.set_on(context, error)
+            return empty
 
 
 class _WorkerReplica:

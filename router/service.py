@@ -22,6 +22,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
+from baton.api_keys import ANYBODY, Caller
 from baton.config import Config
 from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidRequest, NotFound, Overloaded
 from baton.ledger import blend
@@ -32,6 +33,8 @@ from engine.text import Tokenizer
 from router import respond, status, validate
 from router.choice import Choice
 from router.dispatch import Dispatcher, Run
+from router.dispatch import Dispatcher
+from router.gate import Gate
 from router.interleave import interleave
 from router.peers import Peer, Pools, Role, WorkerAddress
 
@@ -65,7 +68,9 @@ class InferenceService:
         self._config, self._router_id = config, router_id
         self._tokenizer = Tokenizer(folder)
         self._limits = validate.Limits.of(config, context_tokens=min(config.model.max_context, spec.max_context))
-        self.pools = Pools(connect_s=config.router.connect_s, key=load_key(config.security))
+        key = load_key(config.security)
+        self.gate = Gate(config, key)
+        self.pools = Pools(connect_s=config.router.connect_s, key=key)
         self._disaggregated = config.prefill.replicas > 0
         self._dispatcher = Dispatcher(
             Choice(
@@ -97,8 +102,9 @@ class InferenceService:
         """The gRPC method: as :meth:`stream`, with errors set on ``context``."""
         arrived_s = time.monotonic()
         try:
+            caller = self._counted(lambda: self.gate.admit(status.metadata(context)))
             request = self._counted(lambda: _decoded(pb.GenerateRequest, body))
-            async with aclosing(self.stream(request, arrived_s=arrived_s)) as responses:
+            async with aclosing(self.stream(request, arrived_s=arrived_s, caller=caller)) as responses:
                 async for response in responses:
                     yield response
         except BatonError as error:
@@ -107,10 +113,13 @@ class InferenceService:
             log.exception("request failed")
             status.set_on(context, Internal("internal error; the router's log has the details"))
 
-    async def stream(self, request: pb.GenerateRequest, *, arrived_s: float) -> AsyncGenerator[pb.GenerateResponse]:
+    async def stream(
+        self, request: pb.GenerateRequest, *, arrived_s: float, caller: Caller = ANYBODY
+    ) -> AsyncGenerator[pb.GenerateResponse]:
         """The outputs of one request; see the contract for the errors. Closing it frees the request everywhere.
 
         arrived_s: monotonic time at which the request reached this process; its budget runs from there.
+        caller: whom the gate let in; the request counts against that tenant's limits.
         """
         parsed = await self._parse(request)
         with self._admitted(parsed.outputs):

@@ -7,6 +7,7 @@ clients that retry by gRPC's own policy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,7 @@ MAX_MESSAGE_BYTES = 600  # it travels in headers three times, escaped; clients r
 class Context(Protocol):
     """The part of a gRPC servicer context that statuses are set on."""
 
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
     def set_code(self, code: grpc.StatusCode) -> None: ...
     def set_details(self, details: str) -> None: ...
     def set_trailing_metadata(self, metadata: tuple[tuple[str, str | bytes], ...]) -> None: ...
@@ -56,6 +58,11 @@ def of(error: BatonError) -> RpcStatus:
         rich.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         metadata = ((PUSHBACK_KEY, str(error.retry_after_ms)),)
     return RpcStatus(code, message, ((DETAILS_KEY, rich.SerializeToString()), *metadata))
+
+
+def metadata(context: Context) -> dict[str, str | bytes]:
+    """What the client sent beside its request, by names in lower case; of a name's several values the last."""
+    return dict(context.invocation_metadata())
 
 
 def set_on(context: Context, error: BatonError) -> None:

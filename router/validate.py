@@ -39,6 +39,7 @@ class Limits:
     max_deadline_s: float
     codec: str
     quality_floor: str
+    body_s: float = 30.0
 
     @classmethod
     def of(cls, config: Config, *, context_tokens: int) -> Limits:
@@ -49,6 +50,7 @@ class Limits:
             max_deadline_s=config.router.deadline_s,
             codec=config.handoff.codec,
             quality_floor=config.handoff.quality_floor,
+            body_s=config.ingress.body_s,
         )
 
 

@@ -11,8 +11,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from baton.api_keys import ANYBODY, Caller
 from baton.errors import BatonError
 from baton.wire import inference_pb2 as pb
 from router import metrics
@@ -39,7 +41,7 @@ from router.openai.requests import (
 )
 from router.openai.translate import Job
 from router.service import InferenceService
-from router.validate import REQUEST_ID
+from router.validate import REQUEST_ID, Limits
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ STALL_S = 60.0  # a client that reads nothing for so long is taken for gone
 INTERNAL_MESSAGE = "internal error; the router's log has the details"
 
 Handler = Callable[..., Awaitable[ASGIApp]]  # of the request and its body, a model of ``requests`` or None
+Admit = Callable[[Mapping[str, str]], Caller]  # of the headers; raises BatonError
 
 
 def build(service: InferenceService) -> Starlette:
@@ -68,14 +71,28 @@ def build(service: InferenceService) -> Starlette:
         ("/metrics", front.metrics),
         ("/openapi.json", front.openapi),
     ]
-    max_bytes = service.limits.max_request_bytes
-    routes = [Route(path, Endpoint(handler, kind, max_bytes), methods=["POST"]) for path, handler, kind in posts]
-    routes += [Route(path, Endpoint(handler, None, max_bytes), methods=["GET"]) for path, handler in gets]
+    limits, gate = service.limits, service.gate
+    admits: dict[str, Admit] = {"/health": lambda _: ANYBODY, "/metrics": gate.admit_operator}
+    routes = [
+        Route(path, Endpoint(handler, kind, limits, admits.get(path, gate.admit)), methods=[method])
+        for method, path, handler, kind in (
+            *(("POST", *post) for post in posts),
+            *(("GET", *get, None) for get in gets),
+        )
+    ]
     app = Starlette(
         routes=routes, exception_handlers={HTTPException: _no_such_route, HttpError: _refused, Exception: _broken}
     )
     app.router.redirect_slashes = False
     return app
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """When a request reached this process (monotonic), and whose it is."""
+
+    at_s: float
+    caller: Caller
 
 
 class Front:
@@ -88,31 +105,31 @@ class Front:
     # ---- generation
 
     async def chat(self, request: Request, body: ChatRequest) -> ASGIApp:
-        arrived_s = time.monotonic()
+        arrival = Arrival(time.monotonic(), request.state.caller)
         job = translate.chat(body, _request_id(request))
         head = self._head(job, choices=job.request.n)
         form = Chats(head, logprobs=bool(body.logprobs))
-        return await self._generate([job], body, form, head, arrived_s)
+        return await self._generate([job], body, form, head, arrival)
 
     async def completions(self, request: Request, body: CompletionRequest) -> ASGIApp:
-        arrived_s = time.monotonic()
+        arrival = Arrival(time.monotonic(), request.state.caller)
         jobs = translate.completions(body, _request_id(request))
         n = jobs[0].request.n
         head = self._head(jobs[0], choices=len(jobs) * n)
         prompts = [await self._text(job) if body.echo else "" for job in jobs]
         echoes = [prompt for prompt in prompts for _ in range(n)]
         form = Completions(head, logprobs=body.logprobs is not None, echoes=echoes)
-        return await self._generate(jobs, body, form, head, arrived_s)
+        return await self._generate(jobs, body, form, head, arrival)
 
     async def embeddings(self, request: Request, body: None) -> ASGIApp:
         raise HttpError(
             400, "This server generates text; it serves no embeddings.", param="model", code="unsupported_endpoint"
         )
 
-    async def _generate(self, jobs: list[Job], body: SamplingBody, form: Form, head: Head, arrived_s: float) -> ASGIApp:
+    async def _generate(self, jobs: list[Job], body: SamplingBody, form: Form, head: Head, arrival: Arrival) -> ASGIApp:
         usage_wanted = bool(body.stream_options and body.stream_options.include_usage)
         assembler = Assembler(form, head, n=jobs[0].request.n, usage_wanted=usage_wanted)
-        parts = interleave([self._stream(job, arrived_s) for job in jobs])
+        parts = interleave([self._stream(job, arrival) for job in jobs])
         if body.stream:
             return await EventStream.begun(_chunks(parts, assembler))
         async with aclosing(parts):
@@ -120,9 +137,10 @@ class Front:
                 assembler.collect(prompt, response)
         return _json(assembler.whole())
 
-    async def _stream(self, job: Job, arrived_s: float) -> AsyncGenerator[pb.GenerateResponse]:
+    async def _stream(self, job: Job, arrival: Arrival) -> AsyncGenerator[pb.GenerateResponse]:
+        stream = self._service.stream(job.request, arrived_s=arrival.at_s, caller=arrival.caller)
         try:
-            async with aclosing(self._service.stream(job.request, arrived_s=arrived_s)) as responses:
+            async with aclosing(stream) as responses:
                 async for response in responses:
                     yield response
         except BatonError as error:
@@ -221,15 +239,18 @@ class EventStream:
 
 
 class Endpoint:
-    """A route as an ASGI application: reads the body, if there is one to read, and ends when the client leaves."""
+    """A route as an ASGI application: asks who it is, reads the body if there is one, ends when the client leaves."""
 
-    def __init__(self, handler: Handler, kind: type[Body] | None, max_bytes: int) -> None:
-        self._handler, self._kind, self._max_bytes = handler, kind, max_bytes
+    def __init__(self, handler: Handler, kind: type[Body] | None, limits: Limits, admit: Admit) -> None:
+        self._handler, self._kind, self._limits, self._admit = handler, kind, limits, admit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         try:
-            body = None if self._kind is None else await read(request, self._kind, max_bytes=self._max_bytes)
+            request.state.caller = self._admit(request.headers)
+            body = await self._body(request)
+        except BatonError as error:
+            raise errors.of(error, {}) from None
         except ClientDisconnect:
             return  # in the middle of its body: nothing was begun, and nobody is there to answer
 
@@ -238,6 +259,12 @@ class Endpoint:
             await response(scope, receive, send)
 
         await while_connected(receive, answer())
+
+    async def _body(self, request: Request) -> Body | None:
+        if self._kind is None:
+            return None
+        limits = self._limits
+        return await read(request, self._kind, max_bytes=limits.max_request_bytes, within_s=limits.body_s)
 
 
 async def while_connected(receive: Receive, work: Coroutine[None, None, None]) -> None:

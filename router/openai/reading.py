@@ -18,13 +18,24 @@ LONG_BODY_BYTES = 16 << 10  # longer ones are parsed on a thread: 16 KiB take ab
 B = TypeVar("B", bound=Body)
 
 
-async def read(request: Request, kind: type[B], *, max_bytes: int) -> B:
-    """The body of ``request``. Nothing beyond ``max_bytes`` is kept, whatever the client claims its length to be."""
+async def read(request: Request, kind: type[B], *, max_bytes: int, within_s: float) -> B:
+    """The body of ``request``. Nothing beyond ``max_bytes`` is kept, whatever the client claims its length to be, and
+    a client that has not sent all of it ``within_s`` is not waited for.
+    """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         message = f"Unsupported content type {media[:64]!r}; this method accepts 'application/json'."
         raise HttpError(415, message, code="unsupported_content_type")
-    body = await _bytes(request, max_bytes)
+    try:
+        async with asyncio.timeout(within_s):
+            body = await _bytes(request, max_bytes)
+    except TimeoutError:
+        raise HttpError(
+            408,
+            f"the body did not arrive within {within_s:g} s",
+            code="request_timeout",
+            headers={"Connection": "close"},
+        ) from None
     return await asyncio.to_thread(parse, body, kind) if len(body) > LONG_BODY_BYTES else parse(body, kind)
 
 
