@@ -105,11 +105,11 @@ class Keyring:
     def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
         """Raises :class:`ConfigError` where two keys have one id, or keys of one tenant other limits."""
         self._keys: dict[str, ApiKey] = {}
-        limits: dict[str, TenantLimits] = {}
+        self.tenants: dict[str, TenantLimits] = {}
         for key in keys:
             if key.id in self._keys:
                 raise ConfigError(f"two keys have the id {key.id}", field="security.api_keys_file")
-            if limits.setdefault(key.tenant, key.limits) != key.limits:
+            if self.tenants.setdefault(key.tenant, key.limits) != key.limits:
                 raise ConfigError(f"keys of tenant {key.tenant} have different limits", field="security.api_keys_file")
             self._keys[key.id] = key
         if len(self._keys) > MAX_KEYS:
@@ -127,10 +127,6 @@ class Keyring:
     def text(self) -> str:
         """The file's content."""
         return "".join(json.dumps(key.model_dump()) + "\n" for key in self._keys.values())
-
-    def limits_of(self, tenant: str) -> TenantLimits | None:
-        """None for a tenant without keys."""
-        return next((key.limits for key in self._keys.values() if key.tenant == tenant), None)
 
     def find(self, presented: str) -> Caller | None:
         """Whose key ``presented`` is; None if nobody's. The secret is compared in constant time."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from baton.api_keys import ANYBODY, MAX_FILE_BYTES, Caller, Keyring
+from baton.api_keys import ANYBODY, MAX_FILE_BYTES, Caller, Keyring, TenantLimits
 from baton.config import Config
 from baton.errors import ConfigError, Forbidden, Unauthenticated
 from baton.secure import ClusterKey
@@ -36,7 +36,10 @@ class Gate:
         path = config.security.api_keys_file
         self._path = Path(path).expanduser() if path else None
         self._passage = front_token(key) if config.ingress.tls.on and key is not None else ""
-        self._keyring, self._version = self._read() if self._path else (Keyring(), (0, 0, 0))
+        self._keyring, self._version = Keyring(), (0, 0, 0)
+        self.tenants: dict[str, TenantLimits] = {}  # always those of the keys in force: for ``router.limits``
+        if self._path is not None:
+            self._read(self._path)
         self._looked_at_s, self._logged_at_s = time.monotonic(), -LOG_S
         self.refused = 0  # calls without a good key, or past the ingress
 
@@ -46,7 +49,7 @@ class Gate:
             raise self._refusal("this port is for the ingress, which alone checks certificates")
         if self._path is None:
             return ANYBODY
-        self._reload()
+        self._reload(self._path)
         kind, _, presented = _text(metadata.get(AUTHORIZATION, "")).strip().partition(" ")
         if not presented:
             raise self._refusal("an API key is needed: send it as 'Authorization: Bearer KEY'")
@@ -62,26 +65,23 @@ class Gate:
             raise Forbidden("this needs an operator's key (`baton keys create --operator`)")
         return caller
 
-    def _reload(self) -> None:
+    def _reload(self, path: Path) -> None:
         now_s = time.monotonic()
         if now_s - self._looked_at_s < RELOAD_S:
             return
         self._looked_at_s = now_s
         try:
-            if _version(self._file) != self._version:
-                self._keyring, self._version = self._read()
-                log.info("%s: %d keys", self._path, len(self._keyring.keys))
+            if _version(path) != self._version:
+                self._read(path)
         except ConfigError as error:
             log.error("the API keys of before stay in force: %s", error)
 
-    @property
-    def _file(self) -> Path:
-        assert self._path is not None
-        return self._path
-
-    def _read(self) -> tuple[Keyring, _Version]:
-        version = _version(self._file)  # of before: a change meanwhile is read the next time
-        return read_keys(self._file), version
+    def _read(self, path: Path) -> None:
+        version = _version(path)  # of before it is read: a change meanwhile is noticed the next time
+        self._keyring, self._version = read_keys(path), version
+        self.tenants.clear()
+        self.tenants.update(self._keyring.tenants)
+        log.info("%s: %d API keys", path, len(self._keyring.keys))
 
     def _refusal(self, why: str) -> Unauthenticated:
         self.refused += 1

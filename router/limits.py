@@ -11,16 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from baton.api_keys import TenantLimits
+
 MINUTE_S = 60.0
 MAX_TENANTS = 4096  # buckets that are remembered beyond this are only those that are not full
-
-
-@dataclass(frozen=True, slots=True)
-class TenantLimits:
-    """0: any number."""
-
-    requests_per_minute: int = 0
-    tokens_per_minute: int = 0
 
 
 @dataclass(frozen=True, slots=True)

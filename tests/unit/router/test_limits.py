@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router import limits
-from router.limits import Limits, TenantLimits
+from baton.api_keys import TenantLimits
+from router.limits import Limits
 
 
 def test_without_limits_nothing_is_refused_nor_remembered() -> None:
