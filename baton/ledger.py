@@ -5,6 +5,7 @@
 
 Transfer work that ran while prefill was still computing is hidden and costs the client nothing, so ``encode``,
 ``wire`` and ``land`` hold only the exposed part; the whole of it is reported beside them as ``transfer_busy_s``.
+``recover`` is what the failure of a worker cost: from the last token before it to the beginning of the next attempt.
 What no stage explains (frames in flight, scheduling of processes) is ``deliver``: a remainder, never hidden.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-STAGES = ("admit", "queue", "prefill", "encode", "wire", "land", "wait", "decode", "deliver")
+STAGES = ("admit", "queue", "prefill", "encode", "wire", "land", "wait", "decode", "recover", "deliver")
 
 
 @dataclass(frozen=True, slots=True)

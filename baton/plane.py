@@ -11,7 +11,7 @@ from baton.cache_feed import CacheFeed
 from baton.errors import BatonError, Internal, ProtocolError, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
-from baton.messages import HEARTBEAT_S, PLANE, Failed, Hello, Load, WatchCache
+from baton.messages import HEARTBEAT_S, PLANE, Draining, Failed, Hello, Load, WatchCache
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class PlaneServer:
         self._links: set[FrameStream] = set()
         self._connections: set[asyncio.Task[None]] = set()
         self._pushed: Load | None = None
+        self._draining = False
         self._server: asyncio.Server | None = None
         self._pusher: asyncio.Task[None] | None = None
         self.port = 0
@@ -70,6 +71,16 @@ class PlaneServer:
         if self._connections:
             await asyncio.wait(self._connections, timeout=1.0)
 
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def drain(self) -> None:
+        """Tells every router, and those to come, that nothing new is taken here any more."""
+        self._draining = True
+        for link in self._links:
+            answer(link, Draining())
+
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = asyncio.create_task(self._serve(reader, writer))
         self._connections.add(connection)
@@ -86,6 +97,8 @@ class PlaneServer:
         try:
             link.send(self._hello)
             link.send(self._handler.load())
+            if self._draining:
+                link.send(Draining())
             while (record := await link.receive()) is not None:
                 if isinstance(record, WatchCache):
                     self._feed.watch(link)

@@ -53,6 +53,8 @@ class Work:
 
     ``budget_s`` is the time left until the client's deadline when the message was sent; every process turns it
     into its own monotonic clock, so machines need no common clock. ``priority``: larger runs earlier.
+    ``output``: tokens that the client has already, of a worker that was lost; they are computed again, never emitted
+    again, and the next one has their number as its index (ADR 13).
     """
 
     request_id: str
@@ -61,6 +63,12 @@ class Work:
     priority: int
     budget_s: float
     session: str = ""  # digest of the client's name for the conversation; empty when it gave none
+    output: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """Every token whose KV must be there before the next one can be chosen."""
+        return self.prompt + self.output
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import Future
+from contextvars import copy_context
 from typing import Generic, TypeVar
 
+from baton import logs
 from baton.errors import ProtocolError
 
 T = TypeVar("T")
@@ -51,9 +54,12 @@ class Jobs(Generic[Owner]):
         tasks = self._tasks.setdefault(owner, {})
         if request_id in tasks:
             raise ProtocolError(f"request id {request_id} is in use on this connection")
-        task = asyncio.create_task(work(), name=request_id)
+        context = copy_context()
+        context.run(logs.about, request_id=request_id)
+        task = asyncio.create_task(work(), name=request_id, context=context)
         tasks[request_id] = task
-        task.add_done_callback(lambda done: self._ended(owner, request_id, done))
+        begun_s = time.monotonic()
+        task.add_done_callback(lambda done: self._ended(owner, request_id, done, begun_s), context=context)
 
     def cancel(self, owner: Owner, request_id: str) -> None:
         task = self._tasks.get(owner, {}).get(request_id)
@@ -66,13 +72,23 @@ class Jobs(Generic[Owner]):
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Cancels everything and waits for it, at most ``timeout_s``."""
-        tasks = [task for owned in self._tasks.values() for task in owned.values()]
+        tasks = self._all()
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
 
-    def _ended(self, owner: Owner, request_id: str, task: asyncio.Task[None]) -> None:
+    async def idle(self, timeout_s: float) -> bool:
+        """Waits until nothing runs, at most ``timeout_s``: whether that came about."""
+        deadline_s = time.monotonic() + timeout_s
+        while (tasks := self._all()) and (left_s := deadline_s - time.monotonic()) > 0:
+            await asyncio.wait(tasks, timeout=left_s)
+        return not tasks
+
+    def _all(self) -> list[asyncio.Task[None]]:
+        return [task for owned in self._tasks.values() for task in owned.values()]
+
+    def _ended(self, owner: Owner, request_id: str, task: asyncio.Task[None], begun_s: float) -> None:
         tasks = self._tasks.get(owner, {})
         if tasks.get(request_id) is task:
             del tasks[request_id]
@@ -81,3 +97,6 @@ class Jobs(Generic[Owner]):
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("request %s: %r", request_id, error, exc_info=error)
             self._broke(owner, request_id)
+        else:
+            how = "cancelled" if task.cancelled() else "over"
+            log.info("part of a request %s", how, extra={"seconds": round(time.monotonic() - begun_s, 4)})

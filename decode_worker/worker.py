@@ -52,6 +52,7 @@ class _Job:
     finished: asyncio.Future[None]
     landed: Landed | None = None
     landed_s: float = 0.0  # monotonic
+    carrier: str = ""
     reported: bool = False
 
 
@@ -98,6 +99,12 @@ class DecodeWorker:
         await self._receiver.start()
         await self._plane.start()
 
+    async def drain(self, grace_s: float) -> None:
+        """Takes nothing new and lets what is here end, for ``grace_s``; what is left then goes on elsewhere."""
+        self._plane.drain()
+        if not await self._tasks.idle(grace_s):
+            log.warning("%d requests outlast the grace of %.0f s and go on elsewhere", len(self._tasks), grace_s)
+
     async def close(self) -> None:
         await self._plane.close()
         await self._tasks.close()
@@ -109,6 +116,8 @@ class DecodeWorker:
 
     def received(self, link: FrameStream, record: object) -> None:
         match record:
+            case Reserve() | Decode() if self._plane.draining:
+                answer(link, failure(record.work.request_id, Unavailable(f"{self.worker_id} is draining")))
             case Reserve():
                 self._tasks.start(link, record.work.request_id, lambda: self._serve(link, record))
             case Decode():
@@ -134,18 +143,21 @@ class DecodeWorker:
             pages_high_water=held.pages_high_water,
             pages_cached=held.pages_cached,
             prompt_token_s=held.prompt_token_s,
+            step_s=held.step_s,
+            sequence_s=held.sequence_s,
             handoffs=landing.leases,
             buffer_bytes_used=landing.landing_bytes_used,
             buffer_bytes_total=landing.landing_bytes_total,
             buffer_bytes_quarantined=landing.quarantined_bytes,
             connections_refused=self._guard.refused,
+            prefix_lookup_tokens=held.entered_tokens,
+            prefix_hit_tokens=held.hit_tokens,
+            preemptions=self._engine.preemptions,
         )
 
     # ---- one request
 
     async def _serve(self, link: FrameStream, message: Reserve | Decode) -> None:
-            step_s=held.step_s,
-            sequence_s=held.sequence_s,
         """Take the sequence in, decode it to its end; frees everything on every way out."""
         work = message.work
         job = _Job(link, finished=asyncio.get_running_loop().create_future())
@@ -174,7 +186,7 @@ class DecodeWorker:
         ticket = self._receiver.reserve(
             work.request_id,
             message.epoch,
-            tokens=len(work.prompt),
+            tokens=len(work.known),
             codec=message.codec,
             floor=message.floor,
             budget_s=work.budget_s,
@@ -184,6 +196,7 @@ class DecodeWorker:
         match await self._receiver.outcome(work.request_id):
             case Landed() as landed:
                 job.landed, job.landed_s = landed, time.monotonic()
+                job.carrier = self._receiver.carrier(work.request_id)
                 exact = landed.dtype == self.layout.dtype and landed.codec_tokens.keys() <= EXACT_CODECS
                 await self._on_engine(lambda engine: engine.start(work.request_id, landed.first, exact=exact))
                 if landed.first.finish:
@@ -246,7 +259,7 @@ class DecodeWorker:
             "decode": now_s - scheduled_s,
         }
         landed = job.landed
-        return Report(event.request_id, stages, landed.busy_s, landed.bytes, dict(landed.codec_tokens))
+        return Report(event.request_id, stages, landed.busy_s, landed.bytes, dict(landed.codec_tokens), job.carrier)
 
     def _broke(self, error: BaseException) -> None:
         self.failure = error

@@ -21,6 +21,7 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 from starlette.types import ASGIApp
 
+from baton import logs
 from baton.config import Config, PoolConfig, parse
 from baton.errors import BatonError, ConfigError
 from baton.secure import require_key
@@ -61,6 +62,7 @@ class RouterReplica:
 
     async def __init__(self, tree: dict[str, Any], pools: list[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         config = parse(tree)
+        logs.configure(config.observe, f"router {serve.get_replica_context().replica_id.unique_id}")
         require_key(config.security)
         folder = await asyncio.to_thread(_folder, config)
         context = serve.get_replica_context()
@@ -136,10 +138,12 @@ class _WorkerReplica:
 
     async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         config = parse(tree)
+        logs.configure(config.observe, f"{self._role} {serve.get_replica_context().replica_id.unique_id}")
         require_key(config.security)
         if config.handoff.ucx_tls:
             os.environ["UCX_TLS"] = config.handoff.ucx_tls  # UCX reads it once, when the first agent starts
         context = serve.get_replica_context()
+        self._drain_s = getattr(config, self._role).drain_s
         self._host = config.worker_host or ray.util.get_node_ip_address()
         pool: PoolConfig = getattr(config, self._role)
         self._max_running = pool.max_running
@@ -163,6 +167,11 @@ class _WorkerReplica:
             "port": self._worker.port,
             "generation": self._worker.generation,
         }
+
+    async def __del__(self) -> None:
+        """Serve awaits it when this replica must go, and kills the process when the deployment's grace is over."""
+        await self._worker.drain(self._drain_s)
+        await self._worker.close()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For :class:`deploy.scaling.LoadPolicy`; Serve asks where a pool has ``max_replicas``."""

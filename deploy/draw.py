@@ -24,6 +24,7 @@ STYLES: Mapping[str, str] = {
     "land": "black on bright_red",
     "wait": "black on bright_yellow",
     "decode": "black on bright_green",
+    "recover": "black on red",
     "deliver": "black on white",
 }
 _UNKNOWN_STYLE = "white on black"
@@ -32,6 +33,7 @@ _STATES = {
     pb.WORKER_STATE_READY: Text("ready", "green"),
     pb.WORKER_STATE_DRAINING: Text("draining", "yellow"),
     pb.WORKER_STATE_LOST: Text("lost", "red"),
+    pb.WORKER_STATE_SUSPECT: Text("suspect", "red"),
 }
 
 

@@ -16,11 +16,11 @@ class Active:
     def __init__(self, work: Work, page_tokens: int, salt: bytes | None) -> None:
         self.work = work
         self.tokens: list[int] = []  # prompt and output
-        self.counts: TokenCounts | None = counts_for(work.sampling, work.prompt)
+        self.counts: TokenCounts | None = counts_for(work.sampling, work.prompt, work.output)
         self._page_tokens = page_tokens
         self._key = salt  # of the last full page
         self._blocks = BlockChain()
-        self.keys = self._extend(work.prompt)  # of the prompt's full pages
+        self.keys = self._extend(work.known)  # of the full pages of all that is known at the beginning
 
     @property
     def outputs(self) -> int:

@@ -254,17 +254,19 @@ class Engine:
         """``enter`` takes the sequence into the scheduler, or refuses it."""
         self._validate(work, prefill_only)
         active, sampling = Active(work, self._pool.page_tokens, self._salt), work.sampling
-        job = Job(work.request_id, len(work.prompt), sampling.max_tokens, work.priority, prefill_only, active.keys)
+        due = sampling.max_tokens - len(work.output)  # what the client has already is prompt to the scheduler
+        job = Job(work.request_id, len(work.known), due, work.priority, prefill_only, active.keys)
         entered = enter(job, time.monotonic())
         self._past_timings.pop(work.request_id, None)
         self._active[work.request_id] = active
         return entered
 
     def _validate(self, work: Work, prefill_only: bool) -> None:
-        worst = max(work.prompt, default=0)
-        if worst >= self._model.spec.vocab_size or min(work.prompt, default=0) < 0:
+        if max(work.known, default=0) >= self._model.spec.vocab_size or min(work.known, default=0) < 0:
             raise InvalidRequest("prompt", f"token ids must lie in [0, {self._model.spec.vocab_size})")
-        length = len(work.prompt) + (1 if prefill_only else work.sampling.max_tokens)
+        if len(work.output) >= work.sampling.max_tokens:
+            raise InvalidRequest("output", f"{len(work.output)} tokens are all that were asked for")
+        length = len(work.known) + 1 if prefill_only else len(work.prompt) + work.sampling.max_tokens
         if length > self._model.max_context:
             raise InvalidRequest("prompt", f"{length} tokens exceed the context of {self._model.max_context}")
 

@@ -37,10 +37,15 @@ class TokenCounts:
         return list(self._outputs.values())
 
 
-def counts_for(sampling: Sampling, prompt: Iterable[int]) -> TokenCounts | None:
+def counts_for(sampling: Sampling, prompt: Iterable[int], output: Iterable[int] = ()) -> TokenCounts | None:
     """What the penalties of ``sampling`` must remember; None when it has none."""
     used = sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
-    return TokenCounts(prompt) if used else None
+    if not used:
+        return None
+    counts = TokenCounts(prompt)
+    for token in output:
+        counts.add(token)
+    return counts
 
 
 @dataclass(frozen=True, slots=True)

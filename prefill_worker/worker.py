@@ -88,6 +88,12 @@ class PrefillWorker:
         await self._sender.start()
         await self._plane.start()
 
+    async def drain(self, grace_s: float) -> None:
+        """Takes nothing new and lets what is here end, for ``grace_s``; what is left then goes on elsewhere."""
+        self._plane.drain()
+        if not await self._tasks.idle(grace_s):
+            log.warning("%d requests outlast the grace of %.0f s and go on elsewhere", len(self._tasks), grace_s)
+
     async def close(self) -> None:
         await self._plane.close()
         await self._tasks.close()
@@ -99,6 +105,8 @@ class PrefillWorker:
 
     def received(self, link: FrameStream, record: object) -> None:
         match record:
+            case Prefill() if self._plane.draining:
+                answer(link, failure(record.work.request_id, Unavailable(f"{self.worker_id} is draining")))
             case Prefill():
                 self._tasks.start(link, record.work.request_id, lambda: self._serve(link, record))
             case Cancel():
@@ -122,18 +130,21 @@ class PrefillWorker:
             pages_high_water=held.pages_high_water,
             pages_cached=held.pages_cached,
             prompt_token_s=held.prompt_token_s,
+            step_s=held.step_s,
+            sequence_s=held.sequence_s,
             handoffs=staging.handoffs,
             buffer_bytes_used=staging.staging_bytes_used,
             buffer_bytes_total=staging.staging_bytes_total,
             buffer_bytes_quarantined=0,
             connections_refused=self._guard.refused,
+            prefix_lookup_tokens=held.entered_tokens,
+            prefix_hit_tokens=held.hit_tokens,
+            preemptions=self._engine.preemptions,
         )
 
     # ---- one request
 
     async def _serve(self, link: FrameStream, message: Prefill) -> None:
-            step_s=held.step_s,
-            sequence_s=held.sequence_s,
         """Compute, answer with the first token, hand the KV over; frees everything on every way out."""
         work = message.work
         try:
@@ -184,7 +195,7 @@ class PrefillWorker:
             return Rows(*self._on_device.locate(layer, job.pages, start, count))
 
         outgoing = self._sender.open(
-            message.ticket, tokens=len(message.work.prompt), budget_s=message.work.budget_s, gather=gather
+            message.ticket, tokens=len(message.work.known), budget_s=message.work.budget_s, gather=gather
         )
         job = _Job(outgoing, first=asyncio.get_running_loop().create_future())
         self._jobs[request_id] = job

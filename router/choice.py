@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from baton.errors import Unavailable
 from baton.request import Work
 from router import policy
 from router.peers import Peer, Pools, Role
+from router.recovery import NoWorker
 
 NO_WORKER_RETRY_MS = 1000
 
 
 class Choice:
-    """Picks workers among those in ``pools``. Raises :class:`Unavailable` when no worker of a role is connected.
+    """Picks workers among those in ``pools``. Raises :class:`NoWorker` when no worker of a role is connected.
 
-    exclude: ids of workers that failed this request: not chosen again.
+    exclude: ids of workers that failed this request: not chosen again while there are others.
     """
 
     def __init__(self, pools: Pools, *, decode_page_tokens: int, disaggregated: bool, local_prefill: bool) -> None:
@@ -38,11 +38,12 @@ class Choice:
         return self._local_prefill and policy.prefers_local(decode.view(), views.get(best or ""), len(work.prompt))
 
     def _peers(self, role: Role, exclude: frozenset[str]) -> list[Peer]:
-        return [peer for peer in self._pools.of(role) if peer.address.worker_id not in exclude]
+        peers = self._pools.of(role)
+        return [peer for peer in peers if peer.address.worker_id not in exclude] or peers
 
 
 def _named(peers: list[Peer], worker_id: str | None, role: Role) -> Peer:
     for peer in peers:
         if peer.address.worker_id == worker_id:
             return peer
-    raise Unavailable(f"no {role} worker is connected", retry_after_ms=NO_WORKER_RETRY_MS)
+    raise NoWorker(f"no {role} worker is connected", retry_after_ms=NO_WORKER_RETRY_MS)

@@ -15,14 +15,16 @@ from typing import Literal
 
 from baton.errors import ProtocolError, Unavailable
 from baton.frames import FrameStream
-from baton.messages import PLANE, Cancel, Failed, Granted, Handed, Hello, Load, Report, Tokens
+from baton.messages import PLANE, Cancel, Draining, Failed, Granted, Handed, Hello, Load, Report, Tokens
 from baton.request import TokenEvent
 from baton.secure import ClusterKey
 from router.policy import WorkerView
+from router.suspicion import Suspicion
 
 log = logging.getLogger(__name__)
 
 Role = Literal["prefill", "decode"]
+CHECK_S = 0.1  # between two looks for workers that fell silent
 RECONNECT_S = (0.1, 0.2, 0.5, 1.0, 2.0)  # pauses between attempts while the directory still lists the worker
 
 
@@ -46,6 +48,8 @@ class Peer:
     def __init__(self, address: WorkerAddress, link: FrameStream, hello: Hello, load: Load) -> None:
         self.address, self.hello, self._link, self._load = address, hello, link, load
         self._load_s = time.monotonic()
+        self.suspicion = Suspicion(self._load_s)
+        self.draining = False  # it said that it will leave
         self._sinks: dict[str, Sink] = {}
         self._unseen: dict[str, tuple[int, bool]] = {}  # prompt tokens, and whether they are computed there
 
@@ -110,14 +114,29 @@ class Peer:
         """Delivers records until the connection ends; then every attached stream gets a Failed."""
         try:
             while (record := await self._link.receive()) is not None:
+                self.suspicion.heard(time.monotonic())
                 self._deliver(record)
         except ProtocolError as error:
             log.error("%s: %s; connection closed", self.address.worker_id, error)
         finally:
             self._link.abort()
-            sinks, self._sinks = self._sinks, {}
-            for request_id, sink in sinks.items():
-                sink(self, Failed(request_id, "UNAVAILABLE", f"{self.address.role} worker lost"))
+            self._fail_all(f"{self.address.role} worker lost")
+
+    def check(self, now_s: float) -> None:
+        """Gives up what a silent worker has: its streams go on elsewhere, and should it wake up it is told so."""
+        if not self._sinks or not self.suspicion.silent(now_s):
+            return
+        log.warning("%s %s is silent", self.address.role, self.address.worker_id)
+        self.suspicion.strike(now_s)
+        with contextlib.suppress(Unavailable):
+            for request_id in self._sinks:
+                self._link.send(Cancel(request_id))
+        self._fail_all(f"{self.address.role} worker silent")
+
+    def _fail_all(self, reason: str) -> None:
+        sinks, self._sinks = self._sinks, {}
+        for request_id, sink in sinks.items():
+            sink(self, Failed(request_id, "UNAVAILABLE", reason))
 
     def _deliver(self, record: object) -> None:
         match record:
@@ -130,6 +149,8 @@ class Peer:
                 self._to_sink(ticket.request_id, record)
             case Report() | Handed():
                 self._to_sink(record.request_id, record)
+            case Draining():
+                self.draining = True
             case Failed():
                 sink = self._sinks.pop(record.request_id, None)  # the worker holds nothing of it any more
                 if sink is not None:
@@ -160,9 +181,11 @@ class Pools:
         self._peers: dict[str, Peer] = {}  # by generation
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._listed: dict[Role, dict[str, WorkerAddress]] = {"prefill": {}, "decode": {}}
+        self._watch: asyncio.Task[None] | None = None
 
     def update(self, role: Role, addresses: Iterable[WorkerAddress]) -> None:
         """Connects to new workers. One that is no longer listed gets no new streams, but keeps those it has."""
+        self._watch = self._watch or asyncio.create_task(self._check_all(), name="silence")
         listed = {address.generation: address for address in addresses}
         gone, new = self._listed[role].keys() - listed.keys(), listed.keys() - self._listed[role].keys()
         self._listed[role] = listed
@@ -174,8 +197,14 @@ class Pools:
             self._keepers[generation] = keeper
 
     def of(self, role: Role) -> list[Peer]:
-        """Connected and listed workers of ``role``."""
-        return [self._peers[generation] for generation in self._listed[role] if generation in self._peers]
+        """Workers of ``role`` that may get requests: connected, listed, not leaving, not silent.
+
+        Those that failed too often lately are among them only if there are no others.
+        """
+        now_s = time.monotonic()
+        connected = [self._peers[generation] for generation in self._listed[role] if generation in self._peers]
+        able = [peer for peer in connected if not (peer.draining or peer.suspicion.silent(now_s))]
+        return [peer for peer in able if not peer.suspicion.shunned(now_s)] or able
 
     def known(self, role: Role) -> list[tuple[WorkerAddress, Peer | None, bool]]:
         """Every worker of ``role`` by id, its connection if there is one, and whether the directory still names it."""
@@ -190,11 +219,22 @@ class Pools:
         return next((peer.hello for peer in self._peers.values()), None)
 
     async def close(self) -> None:
-        keepers = list(self._keepers.values())
+        keepers = [*self._keepers.values(), *([self._watch] if self._watch is not None else [])]
         for keeper in keepers:
             keeper.cancel()
         if keepers:
             await asyncio.wait(keepers, timeout=1.0)
+
+    async def _check_all(self) -> None:
+        """Looks for silent workers. Where this process itself was held up, what came meanwhile is read first."""
+        last_s = time.monotonic()
+        while True:
+            await asyncio.sleep(CHECK_S)
+            now_s = time.monotonic()
+            if now_s - last_s < 2 * CHECK_S:
+                for peer in list(self._peers.values()):
+                    peer.check(now_s)
+            last_s = now_s
 
     async def _keep(self, address: WorkerAddress) -> None:
         """Stays connected to one worker while the directory lists it."""

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
@@ -32,11 +33,13 @@ from engine.spec import ModelSpec
 from engine.text import Tokenizer
 from router import respond, status, validate
 from router.choice import Choice
-from router.dispatch import Dispatcher, Run
 from router.dispatch import Dispatcher
-from router.gate import Gate
+from router.gate import Gate, Metadata
 from router.interleave import interleave
+from router.observer import Observer, Seen
 from router.peers import Peer, Pools, Role, WorkerAddress
+from router.recovery import Patience
+from router.run import Run
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ class Counters:
     failed: int = 0
     cancelled: int = 0
     tokens: int = 0
+    retried: int = 0
 
 
 class InferenceService:
@@ -78,8 +82,11 @@ class InferenceService:
                 decode_page_tokens=config.decode.page_tokens,
                 disaggregated=self._disaggregated,
                 local_prefill=config.router.local_prefill,
-            )
+            ),
+            Patience(config.router.retries, config.router.recovery_s),
+            retried=self._retried,
         )
+        self.observer = Observer(config, router_id=router_id)
         self._counters = Counters()
         self._codec_tokens: Counter[str] = Counter()  # (layer, token) pairs handed over, by codec
 
@@ -90,6 +97,7 @@ class InferenceService:
 
     async def close(self) -> None:
         await self.pools.close()
+        await self.observer.close()
 
     @property
     def limits(self) -> validate.Limits:
@@ -102,9 +110,10 @@ class InferenceService:
         """The gRPC method: as :meth:`stream`, with errors set on ``context``."""
         arrived_s = time.monotonic()
         try:
-            caller = self._counted(lambda: self.gate.admit(status.metadata(context)))
+            metadata = status.metadata(context)
+            caller = self._counted(lambda: self.gate.admit(metadata))
             request = self._counted(lambda: _decoded(pb.GenerateRequest, body))
-            async with aclosing(self.stream(request, arrived_s=arrived_s, caller=caller)) as responses:
+            async with aclosing(self.stream(request, arrived_s=arrived_s, caller=caller, metadata=metadata)) as responses:
                 async for response in responses:
                     yield response
         except BatonError as error:
@@ -114,18 +123,26 @@ class InferenceService:
             status.set_on(context, Internal("internal error; the router's log has the details"))
 
     async def stream(
-        self, request: pb.GenerateRequest, *, arrived_s: float, caller: Caller = ANYBODY
+        self,
+        request: pb.GenerateRequest,
+        *,
+        arrived_s: float,
+        caller: Caller = ANYBODY,
+        metadata: Metadata = MappingProxyType({}),
     ) -> AsyncGenerator[pb.GenerateResponse]:
         """The outputs of one request; see the contract for the errors. Closing it frees the request everywhere.
 
         arrived_s: monotonic time at which the request reached this process; its budget runs from there.
         caller: whom the gate let in; the request counts against that tenant's limits.
+        metadata: HTTP headers or gRPC metadata, which may name the trace that this belongs to.
         """
-        parsed = await self._parse(request)
-        with self._admitted(parsed.outputs):
-            async with aclosing(self._outputs(parsed, arrived_s)) as responses:
-                async for response in responses:
-                    yield response
+        with self.observer.request(request, arrived_s, metadata) as seen:
+            parsed = await self._parse(request)
+            seen.understood(parsed)
+            with self._admitted(parsed.outputs):
+                async with aclosing(self._outputs(parsed, seen)) as responses:
+                    async for response in responses:
+                        yield response
 
     async def _parse(self, request: pb.GenerateRequest) -> validate.ParsedRequest:
         def parse() -> validate.ParsedRequest:
@@ -141,6 +158,10 @@ class InferenceService:
         except BatonError:
             self._counters.refused += 1
             raise
+
+    def _retried(self, error: BatonError) -> None:
+        self._counters.retried += 1
+        self.observer.meters.retried(error.reason or error.code.lower())
 
     @contextlib.contextmanager
     def _admitted(self, outputs: int) -> Iterator[None]:
@@ -166,7 +187,7 @@ class InferenceService:
         finally:
             counters.inflight -= outputs
 
-    async def _outputs(self, parsed: validate.ParsedRequest, arrived_s: float) -> AsyncGenerator[pb.GenerateResponse]:
+    async def _outputs(self, parsed: validate.ParsedRequest, seen: Seen) -> AsyncGenerator[pb.GenerateResponse]:
         """Every output of the request, interleaved. The first one computes the prompt; the others start once it has,
         and find the prompt in the prefix cache.
         """
@@ -175,7 +196,7 @@ class InferenceService:
         async def output(index: int) -> AsyncGenerator[pb.GenerateResponse]:
             if index > 0:
                 await computed.wait()
-            async with aclosing(self._respond(parsed, arrived_s, index)) as responses:
+            async with aclosing(self._respond(parsed, seen, index)) as responses:
                 async for response in responses:
                     computed.set()
                     yield response
@@ -185,23 +206,24 @@ class InferenceService:
                 yield response
 
     async def _respond(
-        self, parsed: validate.ParsedRequest, arrived_s: float, output: int
+        self, parsed: validate.ParsedRequest, seen: Seen, output: int
     ) -> AsyncGenerator[pb.GenerateResponse]:
         """Dispatches and assembles: one response per batch of tokens, the last one with usage and ledger."""
         request_id = f"{self._router_id}-{secrets.token_hex(8)}"  # clients may reuse their ids, workers may not
         work = parsed.work(request_id, output)
-        run = Run(work, parsed.codec, arrived_s, floor=parsed.floor, deadline_s=arrived_s + work.budget_s)
+        run = Run(work, parsed.codec, seen.arrived_s, floor=parsed.floor, deadline_s=seen.arrived_s + work.budget_s)
         assembler = respond.Assembler(parsed, self._tokenizer, model=self._config.model.id, output=output)
         try:
-            async with aclosing(self._dispatcher.stream(run)) as batches:
-                async for events in batches:
-                    response = assembler.push(events)
-                    if response is not None:
-                        yield response
-                    if assembler.finished:
-                        break
+            with seen.output(run, assembler):
+                async with aclosing(self._dispatcher.stream(run)) as batches:
+                    async for events in batches:
+                        response = assembler.push(events)
+                        if response is not None:
+                            self._counters.tokens += len(response.token_ids)
+                            yield response
+                        if assembler.finished:
+                            break
         finally:
-            self._counters.tokens += assembler.tokens
             self._codec_tokens.update(run.codec_tokens)
         yield assembler.finish(run.ledger())
 
@@ -289,8 +311,11 @@ def _decoded(kind: type[Message], body: bytes) -> Message:
 def _worker(address: WorkerAddress, peer: Peer | None, listed: bool) -> pb.Worker:
     if peer is None:
         state = pb.WORKER_STATE_CONNECTING
+    elif peer.draining or not listed:
+        state = pb.WORKER_STATE_DRAINING
     else:
-        state = pb.WORKER_STATE_READY if listed else pb.WORKER_STATE_DRAINING
+        suspected = peer.suspicion.shunned(time.monotonic())
+        state = pb.WORKER_STATE_SUSPECT if suspected else pb.WORKER_STATE_READY
     return pb.Worker(
         id=address.worker_id,
         address=f"{address.host}:{address.port}",

@@ -34,8 +34,10 @@ from engine.model import Model
 from engine.ranks import Ranks
 from prefill_worker.worker import PrefillWorker
 from router.choice import Choice
-from router.dispatch import Dispatcher, Run
+from router.dispatch import Dispatcher
 from router.peers import Pools, WorkerAddress
+from router.recovery import Patience
+from router.run import Run
 
 HOST = "127.0.0.1"
 PAGES = {"prefill": 16, "decode": 32}
@@ -128,7 +130,8 @@ class House:
         self.prefill, self.decode = prefill, decode
         self.pools = Pools(connect_s=5.0)
         self._dispatcher = Dispatcher(
-            Choice(self.pools, decode_page_tokens=PAGES["decode"], disaggregated=True, local_prefill=False)
+            Choice(self.pools, decode_page_tokens=PAGES["decode"], disaggregated=True, local_prefill=False),
+            Patience(retries=0, wait_s=1.0),
         )
 
     async def connect(self) -> None:

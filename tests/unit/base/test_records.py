@@ -113,8 +113,8 @@ def test_damaged_frames_never_escape_as_another_error(record: object, data: st.D
         (msgpack.packb({"Cancel": "a"}), "unknown record"),
         (msgpack.packb([]), "unknown record"),
         (msgpack.packb(["Ticket", "r"]), "unknown record"),  # known to Python, not to this protocol
-        (msgpack.packb(["Report", "r", {"prefill": "long"}, 0.0, 0, {}]), "Report.stages: is str, expected float"),
-        (msgpack.packb(["Report", "r", {1: 2.0}, 0.0, 0, {}]), "not msgpack"),
+        (msgpack.packb(["Report", "r", {"prefill": "long"}, 0.0, 0, {}, ""]), "Report.stages: is str, expected float"),
+        (msgpack.packb(["Report", "r", {1: 2.0}, 0.0, 0, {}, ""]), "not msgpack"),
         (msgpack.packb(["Tokens", [1]]), "Tokens.events: is int, expected TokenEvent"),
         (msgpack.packb(["Tokens", "abc"]), "Tokens.events: is str, expected list"),
         (msgpack.packb(["Failed", "r", "C", "m", "f", True]), "Failed.retry_after_ms: is bool, expected int"),
@@ -136,7 +136,7 @@ def test_pickle_is_not_understood() -> None:
 
 
 def test_an_int_is_accepted_where_a_float_belongs() -> None:
-    report = PLANE.unpack(msgpack.packb(["Report", "r", {"prefill": 1}, 2, 3, {}]))
+    report = PLANE.unpack(msgpack.packb(["Report", "r", {"prefill": 1}, 2, 3, {}, ""]))
     assert report == Report("r", {"prefill": 1.0}, 2.0, 3)
     assert type(report.stages["prefill"]) is float
 

@@ -61,6 +61,33 @@ def test_preemption_changes_no_token(tiny: Model, harness: Harness, sampling: Sa
         assert harness.tokens(events[work.request_id]) == harness.alone(tiny, work)
 
 
+PENALISED = dataclasses.replace(SEEDED, repetition_penalty=1.3, presence_penalty=0.4, min_tokens=9)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED, PENALISED])
+@pytest.mark.parametrize("sent", [1, 5, 11])
+def test_a_sequence_goes_on_from_what_another_engine_sent(
+    tiny: Model, harness: Harness, sampling: Sampling, sent: int
+) -> None:
+    """With its sampler as it was: penalties, seed and counts go by prompt and output, not by who computed them."""
+    work = harness.work("a", harness.prompt(30), sampling)
+    whole = harness.alone(tiny, work)
+    engine = harness.engine(tiny)
+    engine.add(harness.work("neighbour", harness.prompt(9, 1)))
+    engine.add(dataclasses.replace(work, output=tuple(whole[:sent])))
+    events = harness.run(engine)["a"]
+    assert [event.index for event in events] == list(range(sent, 12))
+    assert whole[:sent] + harness.tokens(events) == whole
+    assert events[-1].finish == "length"
+    assert engine.load().pages_used == 0
+
+
+def test_an_answer_that_is_complete_cannot_go_on(tiny: Model, harness: Harness) -> None:
+    work = dataclasses.replace(harness.work("a", harness.prompt(30), GREEDY), output=tuple(range(12)))
+    with pytest.raises(InvalidRequest, match="output: 12 tokens"):
+        harness.engine(tiny).add(work)
+
+
 class Recorder:
     """Copies each layer's KV out of the pages the moment it is announced, as a prefill worker does."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from baton.messages import Cancel, Decode, Failed, Hello, Load, Tokens
 from baton.plane import PlaneServer
 from baton.request import Sampling, TokenEvent, Work
 from router.peers import Peer, Pools, WorkerAddress
+from router.suspicion import SILENT_S
 
 IDLE = Load(0, 0, 0, 0, 100, 0, 0, 1, 0)
 
@@ -155,3 +157,45 @@ async def test_pools_reconnect_while_the_worker_is_listed() -> None:
         await until(lambda: handler.gone_links == 1)
         await until(lambda: pools.of("decode"))
     await pools.close()
+
+
+async def test_a_silent_worker_gives_up_its_streams_and_is_used_again_when_it_speaks() -> None:
+    async with serving() as (handler, server, address):
+        pools = Pools(connect_s=2.0)
+        pools.update("decode", [address])
+        await until(lambda: pools.of("decode"))
+        (peer,) = pools.of("decode")
+        failed: list[object] = []
+        with peer.attached("r", lambda _, record: failed.append(record), 3, computes=True):
+            assert server._pusher is not None
+            server._pusher.cancel()  # as if the process were stopped
+            begun_s = time.monotonic()
+            await until(lambda: failed)
+            assert time.monotonic() - begun_s < SILENT_S + 1.0
+        assert isinstance(failed[0], Failed)
+        assert (failed[0].code, failed[0].message) == ("UNAVAILABLE", "decode worker silent")
+        assert pools.of("decode") == []
+        await until(lambda: Cancel("r") in handler.records)
+        server._pusher = asyncio.create_task(server._push_load())
+        await until(lambda: pools.of("decode") == [peer])
+        await pools.close()
+
+
+async def test_a_draining_worker_gets_nothing_new_and_keeps_its_streams() -> None:
+    async with serving() as (_, server, address):
+        pools = Pools(connect_s=2.0)
+        pools.update("decode", [address])
+        await until(lambda: pools.of("decode"))
+        (peer,) = pools.of("decode")
+        failed: list[object] = []
+        with peer.attached("r", lambda _, record: failed.append(record), 3, computes=True):
+            server.drain()
+            await until(lambda: not pools.of("decode"))
+            assert peer.draining
+            assert not failed
+        other = Pools(connect_s=2.0)
+        other.update("decode", [address])
+        await until(lambda: other.known("decode")[0][1] is not None)
+        await until(lambda: other.known("decode")[0][1].draining)  # type: ignore[union-attr]
+        await pools.close()
+        await other.close()

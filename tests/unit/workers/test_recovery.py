@@ -1,0 +1,201 @@
+"""Workers are lost in the middle of requests: every stream is the one that it would have been."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from baton.config import parse
+from baton.errors import DeadlineExceeded, Unavailable
+from baton.wire import inference_pb2 as pb
+from engine.build import load_model
+from engine.model import Model
+
+if TYPE_CHECKING:
+    from tests.unit.workers.conftest import Found, House
+
+POOL = {"kv_tokens": 4096, "threads": 1, "page_tokens": 16}
+CONFIG = parse(
+    {
+        "model": {"dtype": "float32", "max_context": 1024},
+        "prefill": POOL,
+        "decode": POOL,
+        "handoff": {"transport": "tcp", "landing_bytes": 64 << 20, "staging_bytes": 64 << 20, "stall_s": 1.0},
+        "router": {"local_prefill": False, "recovery_s": 5.0},
+    }
+)
+TOKENS = 24
+GREEDY = pb.Sampling(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+DRAWN = pb.Sampling(
+    temperature=0.9, top_p=0.95, seed=11, max_tokens=TOKENS, min_tokens=20, ignore_eos=True,
+    repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2, logprobs=True,
+)  # fmt: skip
+PROMPT = "A ship that carries a great deal of tea"
+LONG = "The harbour master writes down every ship that comes in. " * 60
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Path) -> Model:
+    return load_model(model_folder, "float32", 1)
+
+
+async def nothing(count: int) -> None:
+    """Happens while tokens come, undisturbed."""
+
+
+async def answer(
+    house: House,
+    sampling: pb.Sampling,
+    prompt: str = PROMPT,
+    during: Callable[[int], Awaitable[None]] = nothing,
+    budget_ms: int = 20_000,
+) -> list[pb.GenerateResponse]:
+    """All responses; ``during(tokens so far)`` is awaited at each."""
+    responses, count = [], 0
+    request = pb.GenerateRequest(prompt=prompt, sampling=sampling, handoff=pb.Handoff(codec="raw"), budget_ms=budget_ms)
+    async for response in house.service.stream(request, arrived_s=time.monotonic()):
+        responses.append(response)
+        count += len(response.token_ids)
+        await during(count)
+    return responses
+
+
+def tokens(responses: list[pb.GenerateResponse]) -> list[int]:
+    return [token for response in responses for token in response.token_ids]
+
+
+def at(count: int, act: Callable[[], Awaitable[None]]) -> Callable[[int], Awaitable[None]]:
+    """``act`` once, when so many tokens have come."""
+    acted: list[int] = []
+
+    async def watch(so_far: int) -> None:
+        if so_far >= count and not acted:
+            acted.append(so_far)
+            await act()
+
+    return watch
+
+
+async def idle(house: House) -> None:
+    """Every worker that is left holds nothing."""
+    async with asyncio.timeout(5):
+        while any(
+            load.running or load.waiting or load.pages_used or load.handoffs or load.buffer_bytes_used
+            for load in (worker.load() for worker in house.workers.values())
+        ):
+            await asyncio.sleep(0.02)
+
+
+def working(house: House, initial: str) -> str:
+    """The worker of that kind which has something to do."""
+    return next(
+        n for n, w in house.workers.items() if n.startswith(initial) and (w.load().handoffs or w.load().running)
+    )
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+async def test_a_decode_worker_is_lost(found: Found, model: Model, sampling: pb.Sampling) -> None:
+    async with found(model, CONFIG, prefill=1, decode=2) as house:
+        whole = await answer(house, sampling)
+        responses = await answer(house, sampling, during=at(7, lambda: house.lose(working(house, "d"))))
+        assert tokens(responses) == tokens(whole)
+        assert "".join(r.text for r in responses) == "".join(r.text for r in whole)
+        assert [entry.token_id for r in responses for entry in r.logprobs] == [
+            entry.token_id for r in whole for entry in r.logprobs
+        ]
+        ledger = responses[-1].ledger
+        assert sum(stage.seconds for stage in ledger.stages) == pytest.approx(ledger.total_s)
+        assert {stage.name: stage.seconds for stage in ledger.stages}["recover"] > 0
+        assert {stage.name: stage.seconds for stage in whole[-1].ledger.stages}["recover"] == 0
+        assert house.service.report().router.retried == 1
+        await idle(house)
+
+
+async def test_a_prefill_worker_is_lost_before_the_first_token(found: Found, model: Model) -> None:
+    async with found(model, CONFIG, prefill=2, decode=1) as house:
+        running = asyncio.create_task(answer(house, GREEDY, LONG))
+        async with asyncio.timeout(10):
+            while not any(w.load().running for n, w in house.workers.items() if n.startswith("p")):
+                await asyncio.sleep(0.005)
+        await house.lose(working(house, "p"))
+        recovered = tokens(await running)
+        assert house.service.report().router.retried >= 1
+        assert recovered == tokens(await answer(house, GREEDY, LONG))
+        await idle(house)
+
+
+async def test_the_only_decode_worker_is_replaced(found: Found, model: Model) -> None:
+    async with found(model, CONFIG) as house:
+        whole = tokens(await answer(house, GREEDY))
+
+        async def replace() -> None:
+            await house.lose("d0")
+            asyncio.get_running_loop().call_later(0.5, lambda: hired.append(asyncio.create_task(house.hire("d1"))))
+
+        hired: list[asyncio.Task[None]] = []
+        assert tokens(await answer(house, GREEDY, during=at(3, replace))) == whole
+        await idle(house)
+
+
+async def test_nobody_comes_in_time(found: Found, model: Model) -> None:
+    config = CONFIG.with_flags({"router.recovery_s": 0.3})
+    async with found(model, config) as house:
+        begun_s = time.monotonic()
+        with pytest.raises(Unavailable, match="no decode worker"):
+            await answer(house, GREEDY, during=at(3, lambda: house.lose("d0")))
+        assert time.monotonic() - begun_s < 5
+        assert house.service.report().router.inflight == 0
+        await idle(house)
+
+
+async def test_recovery_ends_with_the_requests_time(found: Found, model: Model) -> None:
+    async with found(model, CONFIG) as house:
+        with pytest.raises(DeadlineExceeded):
+            await answer(house, GREEDY, during=at(1, lambda: house.lose("d0")), budget_ms=1500)
+
+
+async def test_a_worker_that_leaves_finishes_what_it_has(found: Found, model: Model) -> None:
+    async with found(model, CONFIG, decode=2) as house:
+        whole = tokens(await answer(house, GREEDY))
+        leaving: list[asyncio.Task[None]] = []
+
+        async def leave() -> None:
+            leaving.append(asyncio.create_task(house.workers[working(house, "d")].drain(10.0)))
+
+        assert tokens(await answer(house, GREEDY, during=at(3, leave))) == whole
+        await asyncio.wait_for(leaving[0], 2.0)
+        assert house.service.report().router.retried == 0
+        await house.ready(1, 1)
+        assert tokens(await answer(house, GREEDY)) == whole, "by the one that stays"
+
+
+async def test_what_outlasts_the_grace_goes_on_elsewhere(found: Found, model: Model) -> None:
+    async with found(model, CONFIG, decode=2) as house:
+        whole = tokens(await answer(house, GREEDY))
+
+        async def leave() -> None:
+            name = working(house, "d")
+            await house.workers[name].drain(0.0)
+            await house.lose(name)
+
+        assert tokens(await answer(house, GREEDY, during=at(3, leave))) == whole
+        assert house.service.report().router.retried == 1
+        await idle(house)
+
+
+async def test_many_streams_and_many_losses(found: Found, model: Model) -> None:
+    async with found(model, CONFIG, prefill=2, decode=2) as house:
+        prompts = [f"{PROMPT} number {n}, and" for n in range(8)]
+        whole = [tokens(await answer(house, GREEDY, prompt)) for prompt in prompts]
+        running = [asyncio.create_task(answer(house, GREEDY, prompt)) for prompt in prompts]
+        for old, new in (("d0", "d2"), ("p0", "p2"), ("d1", "d3")):
+            await asyncio.sleep(0.25)
+            await house.hire(new)
+            await house.lose(old)
+        assert [tokens(responses) for responses in await asyncio.gather(*running)] == whole
+        await idle(house)
