@@ -17,7 +17,7 @@ class ObserveConfig(Frozen):
         default="info", description="The least that is logged."
     )
     log_prompts: bool = Field(
-        default=False, description="Log what clients send and receive. Off: neither occurs in any log."
+        default=False, description="Log the prompts that clients send. Off: no log holds text or tokens of theirs."
     )
     traces: bool = Field(
         default=False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -58,12 +58,12 @@ class Work:
     """
 
     request_id: str
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...] = field(repr=False)  # a repr may end up in a log, where no prompt belongs
     sampling: Sampling
     priority: int
     budget_s: float
     session: str = ""  # digest of the client's name for the conversation; empty when it gave none
-    output: tuple[int, ...] = ()
+    output: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def known(self) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from baton import logs
 from baton.config import Config, load
 from baton.errors import ConfigError
 from deploy import serve_config
@@ -60,11 +61,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="state folder of this cluster, holding config.yaml")
     folder: Path = parser.parse_args().folder
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     config = load(folder / "config.yaml")
+    logs.configure(config.observe, "supervisor")
     scratch = scratch_folder()
     (folder / "scratch").write_text(str(scratch), encoding="utf-8")
     os.environ.update(environment(config, scratch))
@@ -163,10 +164,9 @@ def _cpus_needed(config: Config) -> int:
 
 def _most_replicas(options: dict[str, Any]) -> int:
     """So many of them there may be: room for an upgrade included."""
-    most: int = (
-        options["autoscaling_config"]["max_replicas"] if "autoscaling_config" in options else options["num_replicas"]
-    )
-    return most + math.ceil(most * options["max_surge_percent"] / 100)
+    most: int = options["num_replicas"] if "num_replicas" in options else options["autoscaling_config"]["max_replicas"]
+    surge: int = math.ceil(most * options["max_surge_percent"] / 100)
+    return most + surge
 
 
 def _resources_needed(config: Config) -> dict[str, float]:
