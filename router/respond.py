@@ -46,6 +46,11 @@ class Assembler:
         """Whether the output has ended. If a stop string ended it the workers do not know: cancel there."""
         return self._finish_reason is not None
 
+    @property
+    def finish_reason(self) -> str:
+        """Why the output ended; empty before."""
+        return self._finish_reason or ""
+
     def push(self, events: Sequence[TokenEvent]) -> pb.GenerateResponse | None:
         """One response for all of ``events``, or None if there is nothing to tell. Events after the end are dropped.
 

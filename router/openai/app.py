@@ -89,10 +89,11 @@ def build(service: InferenceService) -> Starlette:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """When a request reached this process (monotonic), and whose it is."""
+    """When a request reached this process (monotonic), whose it is, and its headers."""
 
     at_s: float
     caller: Caller
+    headers: Mapping[str, str]
 
 
 class Front:
@@ -105,14 +106,14 @@ class Front:
     # ---- generation
 
     async def chat(self, request: Request, body: ChatRequest) -> ASGIApp:
-        arrival = Arrival(time.monotonic(), request.state.caller)
+        arrival = Arrival(time.monotonic(), request.state.caller, request.headers)
         job = translate.chat(body, _request_id(request))
         head = self._head(job, choices=job.request.n)
         form = Chats(head, logprobs=bool(body.logprobs))
         return await self._generate([job], body, form, head, arrival)
 
     async def completions(self, request: Request, body: CompletionRequest) -> ASGIApp:
-        arrival = Arrival(time.monotonic(), request.state.caller)
+        arrival = Arrival(time.monotonic(), request.state.caller, request.headers)
         jobs = translate.completions(body, _request_id(request))
         n = jobs[0].request.n
         head = self._head(jobs[0], choices=len(jobs) * n)
@@ -138,7 +139,9 @@ class Front:
         return _json(assembler.whole())
 
     async def _stream(self, job: Job, arrival: Arrival) -> AsyncGenerator[pb.GenerateResponse]:
-        stream = self._service.stream(job.request, arrived_s=arrival.at_s, caller=arrival.caller)
+        stream = self._service.stream(
+            job.request, arrived_s=arrival.at_s, caller=arrival.caller, metadata=arrival.headers
+        )
         try:
             async with aclosing(stream) as responses:
                 async for response in responses:
@@ -208,7 +211,7 @@ class Front:
         return _json(answers.Health(ready=ready), status=200 if ready else 503)
 
     async def metrics(self, request: Request, body: None) -> ASGIApp:
-        return Response(metrics.text(self._service.report), media_type=metrics.CONTENT_TYPE)
+        return Response(metrics.text(self._service.report, self._service.observer.meters), media_type=metrics.CONTENT_TYPE)
 
     async def openapi(self, request: Request, body: None) -> ASGIApp:
         return Response(document.text(), media_type="application/json")
