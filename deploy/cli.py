@@ -20,8 +20,8 @@ from baton.errors import BatonError, ConfigError, InvalidRequest, NotFound, Unav
 from deploy.codec_cli import codec_app
 
 if TYPE_CHECKING:
+    from baton.client import Client
     from baton.config import Config
-    from deploy.client import Client
     from deploy.talk import Answer
 
 ANSWER_TOKENS = 256
@@ -144,16 +144,25 @@ def generate(
     timeout: Timeout = 600.0,
 ) -> None:
     """Stream one answer, then draw where its time went."""
+    from baton.client import Options
     from deploy import talk
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    sampling = talk.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or ())
-    if raw:
-        request = talk.raw_request(text, sampling, codec)
-    else:
-        request = talk.chat_request([*talk.opening(system), ("user", text)], sampling, codec)
+    options = Options(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        codec=codec,
+        timeout_s=timeout,
+    )
     with _client(name, address) as client:
-        _show(talk.stream(client.generate(request, timeout_s=timeout), sys.stdout))
+        if raw:
+            parts = client.stream(text, **options)
+        else:
+            parts = client.stream_chat([*talk.opening(system), ("user", text)], **options)
+        _show(talk.stream(parts, sys.stdout))
 
 
 @app.command()
@@ -170,15 +179,17 @@ def chat(
     timeout: Timeout = 600.0,
 ) -> None:
     """Talk with the model; an empty line or Ctrl-D ends, Ctrl-C stops an answer."""
+    from baton.client import Options
     from deploy import talk
 
-    sampling = talk.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=())
+    options = Options(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, codec=codec, timeout_s=timeout
+    )
     turns = talk.opening(system)
     with _client(name, address) as client:
         while text := _ask():
-            request = talk.chat_request([*turns, ("user", text)], sampling, codec)
             try:
-                answer = talk.stream(client.generate(request, timeout_s=timeout), sys.stdout)
+                answer = talk.stream(client.stream_chat([*turns, ("user", text)], **options), sys.stdout)
             except KeyboardInterrupt:
                 _note("\nstopped; this turn is forgotten")
             except BatonError as error:
@@ -240,7 +251,7 @@ def _config(path: Path | None, flags: Mapping[str, object]) -> Config:
 
 
 def _client(name: str, address: str | None) -> Client:
-    from deploy.client import Client
+    from baton.client import Client
 
     if address is None:
         from deploy import local

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from baton import host
+from baton.client import Client
 from baton.config import Config, load
 from baton.config_security import SecurityConfig
 from baton.errors import BatonError, ConfigError, Unavailable
 from baton.secure import ClusterKey, load_key
 from baton.wire import inference_pb2 as pb
 from deploy import local
-from deploy.client import Client
 from deploy.doctor import ask, bare, gather, local_checks, pair_checks
 from deploy.doctor.ask import Place
 from deploy.doctor.facts import ModelFiles, Worker
