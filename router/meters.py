@@ -1,4 +1,4 @@
-"""What this router counts and times for its operators: plain numbers in closed tables. Pure; ``router.metrics`` shows it.
+"""What this router counts and times for its operators: plain numbers in closed tables. Pure; see ``router.metrics``.
 
 Observing costs a bisection and two additions, and never looks a label up by its text per token: every table is made
 when the router starts, or holds at most ``MOST_LABELS`` values that clients and workers cannot choose freely.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from baton.ledger import STAGES, Ledger
 
-# Upper bounds in seconds. TTFT, TPOT and duration hold those of OpenTelemetry's GenAI conventions, and finer ones below.
+# Upper bounds in seconds. TTFT, TPOT and duration: those of OpenTelemetry's GenAI conventions, and more at the ends.
 STAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
 TPOT_S = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)

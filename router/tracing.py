@@ -1,10 +1,10 @@
-"""OpenTelemetry spans of a request, made from its ledger when it ends (ADR of that name in docs/adr).
+"""OpenTelemetry spans of a request, made from what its workers reported, when it ends (ADR 17).
 
-    chat MODEL ── admit ─ queue ─ prefill ─ transfer ─ wait ─ decode ─ (recover ─ queue ─ ... on other workers) ─ deliver
+    chat MODEL ── admit ─ queue ─ prefill ─ transfer ─ wait ─ decode ─ (recover ─ queue ... elsewhere) ─ deliver
                                             └─ encode ─ wire ─ land
 
-Workers measure their own stages and report seconds; the router lays them end to end on its own clock. So one trace holds
-all processes without a common clock, and no worker exports anything. Needs the extra ``otel``.
+Workers measure their own stages and report seconds; the router lays them end to end on its own clock. So one trace
+holds all processes without a common clock, and no worker exports anything. Needs the extra ``otel``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from baton.errors import ConfigError
 from router.gate import Metadata
 from router.metrics import PROVIDER
+from router.peers import Role
 from router.run import Attempt, Run
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ Attributes = dict[str, "AttributeValue"]
 SERVICE_NAME = "baton-router"
 EXPORTERS = ("otlp", "console", "none")
 PROTOCOLS = ("http/protobuf", "grpc")
-# The stages of one attempt in their order, and the role of the worker that each is spent on.
-PLACES = {"queue": "prefill", "prefill": "prefill", "wait": "decode", "decode": "decode"}
 TRANSFER = ("encode", "wire", "land")
 
 
@@ -152,7 +151,7 @@ class _Drawn:
 
     def __init__(self, tracer: Tracer, root: Span, clock: _Clock, common: Attributes) -> None:
         self._tracer, self._clock, self._common = tracer, clock, common
-        self._below: Context = self._under(root)
+        self._below: Context = _under(root)
 
     def output(self, output: Output, ended_s: float) -> None:
         """ended_s: when the request did, which is the end of an output that was broken off."""
@@ -160,68 +159,47 @@ class _Drawn:
         at_s, last_s = run.arrived_s, run.last_token_s if output.finish else ended_s
         for number, attempt in enumerate(run.tries):
             until_s = run.tries[number + 1].begun_s if number + 1 < len(run.tries) else last_s
-            name = "recover" if number else "admit"
-            self._span(name, at_s, attempt.dispatched_s or until_s, {"baton.attempt": number})
+            about: Attributes = {"baton.attempt": number}
+            self._span("recover" if number else "admit", at_s, attempt.dispatched_s or until_s, about)
             if attempt.dispatched_s:
-                at_s = self._attempt(attempt, number, attempt.dispatched_s, until_s)
+                at_s = self._attempt(attempt, about, until_s)
             at_s = max(at_s, attempt.last_token_s)
         if output.finish:
             self._span("deliver", at_s, run.last_token_s, {})
 
-    def _attempt(self, attempt: Attempt, number: int, at_s: float, until_s: float) -> float:
-        """The stages that its workers reported, one after the other from ``at_s``; returns where they end."""
-        stages = dict(attempt.report.stages)
-        stages["decode"] = stages.get("decode", 0.0) + attempt.decoded_s
-        about: Attributes = {"baton.attempt": number}
+    def _attempt(self, attempt: Attempt, about: Attributes, until_s: float) -> float:
+        """The stages that its workers reported, one after the other, none past ``until_s``; returns where they end."""
         if attempt.failed:
-            about["error.type"] = "worker_failed"
-            about["baton.failed_workers"] = sorted(attempt.failed)
-        for stage in ("queue", "prefill"):
-            at_s = self._stage(stage, at_s, until_s, stages, attempt, about)
-        at_s = self._transfer(at_s, until_s, stages, attempt, about)
-        for stage in ("wait", "decode"):
-            at_s = self._stage(stage, at_s, until_s, stages, attempt, about)
+            about = about | {"error.type": "worker_failed", "baton.failed_workers": sorted(attempt.failed)}
+        reported = attempt.report.stages
+        seconds = reported | {"decode": reported.get("decode", 0.0) + attempt.decoded_s}
+        at_s = attempt.dispatched_s
+        for stage in ("queue", "prefill", "transfer", "wait", "decode"):
+            if stage == "transfer":
+                at_s = self._transfer(attempt, about, at_s, until_s)
+            elif stage in seconds:
+                end_s = _end(at_s, seconds[stage], until_s)
+                self._span(stage, at_s, end_s, about | _worker(attempt, stage))
+                at_s = end_s
         return at_s
 
-    def _stage(
-        self, stage: str, at_s: float, until_s: float, stages: Mapping[str, float], attempt: Attempt, about: Attributes
-    ) -> float:
-        if stage not in stages:
-            return at_s
-        worker = attempt.by_role.get("prefill" if PLACES[stage] == "prefill" else "decode") or attempt.by_role.get(
-            "decode"
-        )
-        end_s = min(at_s + max(0.0, stages[stage]), max(at_s, until_s))
-        self._span(stage, at_s, end_s, about | ({"baton.worker.id": worker} if worker else {}))
-        return end_s
-
-    def _transfer(
-        self, at_s: float, until_s: float, stages: Mapping[str, float], attempt: Attempt, about: Attributes
-    ) -> float:
+    def _transfer(self, attempt: Attempt, about: Attributes, at_s: float, until_s: float) -> float:
         """The part of the handoff that prefill did not hide, as one span over its three stages."""
         report = attempt.report
         if not report.transfer_bytes:
             return at_s
-        exposed_s = sum(stages.get(stage, 0.0) for stage in TRANSFER)
-        end_s = min(at_s + exposed_s, max(at_s, until_s))
-        workers = {f"baton.{role}.worker.id": worker for role, worker in attempt.by_role.items()}
-        transfer = self._span(
-            "transfer",
-            at_s,
-            end_s,
-            about
-            | workers
-            | {
-                "baton.handoff.transport": attempt.transport,
-                "baton.handoff.carrier": report.carrier,
-                "baton.handoff.codecs": sorted(report.codec_tokens),
-                "baton.handoff.bytes": report.transfer_bytes,
-                "baton.handoff.busy_s": report.transfer_busy_s,
-            },
-        )
-        below = self._under(transfer)
+        end_s = _end(at_s, sum(report.stages.get(stage, 0.0) for stage in TRANSFER), until_s)
+        handoff: Attributes = {
+            "baton.handoff.transport": attempt.transport,
+            "baton.handoff.carrier": report.carrier,
+            "baton.handoff.codecs": sorted(report.codec_tokens),
+            "baton.handoff.bytes": report.transfer_bytes,
+            "baton.handoff.busy_s": report.transfer_busy_s,
+        }
+        workers: Attributes = {f"baton.{role}.worker.id": worker for role, worker in attempt.by_role.items()}
+        below = _under(self._span("transfer", at_s, end_s, about | workers | handoff))
         for stage in TRANSFER:
-            stage_end_s = min(at_s + stages.get(stage, 0.0), end_s)
+            stage_end_s = _end(at_s, report.stages.get(stage, 0.0), end_s)
             self._span(stage, at_s, stage_end_s, about, below)
             at_s = stage_end_s
         return end_s
@@ -242,11 +220,22 @@ class _Drawn:
         span.end(self._clock.ns(max(start_s, end_s)))
         return span
 
-    @staticmethod
-    def _under(span: Span) -> Context:
-        from opentelemetry import trace
 
-        return trace.set_span_in_context(span)
+def _under(span: Span) -> Context:
+    from opentelemetry import trace
+
+    return trace.set_span_in_context(span)
+
+
+def _end(at_s: float, seconds: float, until_s: float) -> float:
+    """The end of a stage that begins at ``at_s``, not beyond ``until_s``."""
+    return min(at_s + max(0.0, seconds), max(at_s, until_s))
+
+
+def _worker(attempt: Attempt, stage: str) -> Attributes:
+    """Who computed ``stage``: without a prefill worker the decode worker did it all."""
+    roles: tuple[Role, ...] = ("prefill", "decode") if stage in ("queue", "prefill") else ("decode",)
+    return {"baton.worker.id": next((attempt.by_role[role] for role in roles if role in attempt.by_role), "")}
 
 
 def _described(story: Story) -> Attributes:
