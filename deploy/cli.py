@@ -18,6 +18,7 @@ from rich.console import Console
 
 from baton.errors import BatonError, ConfigError, InvalidRequest, NotFound, Unavailable
 from deploy.codec_cli import codec_app
+from deploy.config_cli import config_app
 
 if TYPE_CHECKING:
     from baton.client import Client
@@ -35,13 +36,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
-config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.add_typer(codec_app, name="codec")
 
 Name = Annotated[str, typer.Option(help="Name of the local cluster.")]
 Address = Annotated[str | None, typer.Option(help="host:port of a gRPC endpoint, instead of a local cluster's.")]
+RayAddress = Annotated[str | None, typer.Option("--address", help="host:port of a Ray that runs already, or auto.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; see docs/config.md.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
@@ -65,8 +66,9 @@ def up(
     quality_floor: Annotated[str | None, typer.Option(help="exact, or the lossiest level allowed.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC endpoint.")] = None,
     http_port: Annotated[int | None, typer.Option(help="Port of the HTTP endpoint.")] = None,
+    address: RayAddress = None,
 ) -> None:
-    """Start a local cluster in the background and print its endpoints."""
+    """Start a local cluster in the background, or deploy on a Ray that runs, and print the endpoints."""
     flags = {
         "name": name,
         "prefill.replicas": prefill,
@@ -79,6 +81,13 @@ def up(
         "ingress.http_port": http_port,
     }
     settings = _config(config, flags)
+    if address is not None:
+        from deploy import existing
+
+        existing.up(settings, address, progress=_note)
+        host = settings.ingress.host
+        print(f"gRPC  {host}:{settings.ingress.grpc_port}\nHTTP  http://{host}:{settings.ingress.http_port}/v1")
+        return
     from deploy import local
 
     endpoints = local.up(settings, progress=_note)
@@ -86,11 +95,11 @@ def up(
 
 
 @app.command()
-def down(name: Name = "baton") -> None:
-    """End the local cluster, and only what `up` started."""
-    from deploy import local
+def down(name: Name = "baton", address: RayAddress = None) -> None:
+    """End the local cluster, or the application on a Ray that runs: only what `up` started."""
+    from deploy import existing, local
 
-    ended = local.down(name, progress=_note)
+    ended = local.down(name, progress=_note) if address is None else existing.down(name, address)
     _note(f"{name} has ended" if ended else f"no cluster named {name} is running")
 
 
@@ -212,14 +221,6 @@ def pull(
     with draw.fetching(_notes()) as report:
         folder = hub.resolve(settings.model.id, settings.model.cache_dir, report)
     print(folder)
-
-
-@config_app.command("show")
-def show(config: ConfigFile = None) -> None:
-    """Print the whole configuration as YAML, defaults included."""
-    import yaml
-
-    print(yaml.safe_dump(_config(config, {}).model_dump(), sort_keys=False), end="")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

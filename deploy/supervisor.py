@@ -24,7 +24,9 @@ import psutil
 from baton import logs
 from baton.config import Config, load
 from baton.errors import ConfigError
-from deploy import serve_config
+from baton.secure import load_key
+from deploy import ingress, serve_config
+from router.gate import front_token
 
 INGRESS_PORTS = 64  # for the router replicas of one cluster, per protocol; released ones stay blocked for a while
 PORT_RANGE = (20000, 32000)  # below the ephemeral ports, which outgoing connections take
@@ -34,22 +36,27 @@ OBJECT_STORE_BYTES = 100 << 20  # nothing large ever goes through Ray objects
 
 def environment(config: Config, folder: Path) -> dict[str, str]:
     """What Ray and Serve read once at import: HAProxy ingress with its files and ports private to this cluster."""
-    haproxy = folder / "h"
+    haproxy, key = folder / "h", load_key(config.security)
+    defences = ingress.install(config, haproxy, front_token(key) if key is not None else "")
     ports = free_ports(2 * INGRESS_PORTS + 2)
-    return serve_config.environment(config) | {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports + 2 * INGRESS_PORTS),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports + 2 * INGRESS_PORTS + 1),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports + INGRESS_PORTS - 1),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports + INGRESS_PORTS),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports + 2 * INGRESS_PORTS - 1),
-    }
+    return (
+        serve_config.environment(config)
+        | defences
+        | {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports + 2 * INGRESS_PORTS),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(ports + 2 * INGRESS_PORTS + 1),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports + INGRESS_PORTS - 1),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports + INGRESS_PORTS),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports + 2 * INGRESS_PORTS - 1),
+        }
+    )
 
 
 def scratch_folder() -> Path:

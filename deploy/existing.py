@@ -1,0 +1,131 @@
+"""The application on a Ray cluster that runs already: examine its nodes, deploy, take it away again.
+
+Nothing of Ray is started or ended here, and other applications of the cluster's Serve are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from baton.config import Config
+from baton.errors import Unavailable
+from deploy import serve_config
+
+CONNECT_S = 5.0
+PROBE_S = 60.0  # a worker process starts for it on every node
+NOT_INSTALLED = ""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What a process that Ray started on one node finds there."""
+
+    host: str
+    baton: str  # version, or NOT_INSTALLED
+    environment: Mapping[str, str | None]
+
+
+def up(config: Config, address: str, *, progress: Progress) -> None:
+    """Deploys on the Ray at ``address`` (``host:port``, ``auto`` or ``ray://``), and returns when every replica runs.
+
+    Raises :class:`Unavailable` when there is no Ray, a node cannot run the application, or it does not come up.
+    """
+    with _joined(address):
+        nodes = _probe(serve_config.environment(config))
+        wrong = faults(nodes, serve_config.environment(config), importlib.metadata.version("baton"))
+        if wrong:
+            raise Unavailable("; ".join(wrong))
+        progress(f"{len(nodes)} nodes can run it; loading the model in every worker")
+        from deploy.supervisor import start_serve
+
+        try:
+            start_serve(serve_config.serve_config(config))
+        except RuntimeError as error:  # Serve says so of an application that does not come up
+            raise Unavailable(f"{config.name} does not come up: {error}") from error
+
+
+def down(name: str, address: str) -> bool:
+    """Takes the application off the Ray at ``address``; False when it has none of this name."""
+    with _joined(address):
+        from ray import serve
+
+        if name not in serve.status().applications:
+            return False
+        serve.delete(name)
+        return True
+
+
+def faults(nodes: list[Node], environment: Mapping[str, str], version: str) -> list[str]:
+    """Why the application cannot run on ``nodes``, one sentence each, with what mends it. Pure."""
+    wrong = []
+    for node in nodes:
+        if node.baton != version:
+            found = "is not installed" if node.baton == NOT_INSTALLED else f"has version {node.baton}"
+            wrong.append(f"Baton {found} on {node.host}, {version} is needed: install it there")
+        other = [name for name, value in environment.items() if node.environment.get(name) != value]
+        if other:
+            wrong.append(
+                f"Ray on {node.host} was started without {', '.join(other)}: "
+                'start it there after `eval "$(baton config env)"`'
+            )
+    return wrong
+
+
+@contextlib.contextmanager
+def _joined(address: str) -> Iterator[None]:
+    import ray
+
+    _require_answer(address)
+    try:
+        ray.init(address=address, namespace="serve", log_to_driver=False)
+    except (ConnectionError, ValueError) as error:
+        raise Unavailable(f"no Ray answers at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # "auto": Ray looks for its own session's files
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise Unavailable(f"no Ray answers at {address}: {error}") from error
+
+
+def _probe(environment: Mapping[str, str]) -> list[Node]:
+    """Every live node, as a process of Ray sees it there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    names = list(environment)
+
+    def look() -> tuple[str, dict[str, str | None]]:  # nested, so that it travels as code: Baton may be missing there
+        try:
+            found = importlib.metadata.version("baton")
+        except importlib.metadata.PackageNotFoundError:
+            found = ""
+        return found, {name: os.environ.get(name) for name in names}
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    remote = ray.remote(num_cpus=0)(look)
+    answers = [
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
+        for node in alive
+    ]
+    try:
+        found = ray.get(answers, timeout=PROBE_S)
+    except ray.exceptions.GetTimeoutError:
+        raise Unavailable(f"Ray's nodes did not answer within {PROBE_S:g} s") from None
+    return [Node(node["NodeManagerAddress"], *answer) for node, answer in zip(alive, found, strict=True)]
