@@ -8,7 +8,6 @@ did not come is given back.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from baton.api_keys import TenantLimits
@@ -64,15 +63,14 @@ class _Account:
 
 @dataclass(slots=True)
 class Limits:
-    """What every tenant has left. ``default`` holds for tenants that ``own`` does not name, also the anonymous ""."""
+    """What every tenant has left. ``default`` holds for those without limits of their own, also the anonymous ""."""
 
-    default: TenantLimits = TenantLimits()
-    own: Mapping[str, TenantLimits] = field(default_factory=dict)
+    default: TenantLimits = field(default_factory=TenantLimits)
     _accounts: dict[str, _Account] = field(default_factory=dict)
 
-    def take(self, tenant: str, tokens: int, now_s: float) -> Refusal | None:
-        """Takes one request of ``tokens`` from ``tenant``, or nothing at all and says why."""
-        account = self._account(tenant, now_s)
+    def take(self, tenant: str, tokens: int, now_s: float, own: TenantLimits | None = None) -> Refusal | None:
+        """Takes one request of ``tokens`` from ``tenant``, or nothing at all and says why. own: the tenant's limits."""
+        account = self._account(tenant, now_s, own or TenantLimits())
         if account is None:
             return None
         for what, bucket, amount in (("requests", account.requests, 1), ("tokens", account.tokens, tokens)):
@@ -88,13 +86,14 @@ class Limits:
 
     def give_back(self, tenant: str, tokens: int, now_s: float) -> None:
         """``tokens`` of those taken were never computed."""
-        account = self._account(tenant, now_s)
+        account = self._accounts.get(tenant)
         if account is not None and account.tokens is not None:
+            account.fill(now_s)
             account.tokens.level = min(float(account.tokens.capacity), account.tokens.level + tokens)
 
-    def _account(self, tenant: str, now_s: float) -> _Account | None:
+    def _account(self, tenant: str, now_s: float, own: TenantLimits) -> _Account | None:
         """The tenant's buckets, filled up to now; None where nothing limits it."""
-        limits = self.own.get(tenant, self.default)
+        limits = self.default if own == TenantLimits() else own
         if limits == TenantLimits():
             return None
         account = self._accounts.get(tenant)

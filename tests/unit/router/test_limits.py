@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router import limits
 from baton.api_keys import TenantLimits
+from router import limits
 from router.limits import Limits
 
 
@@ -31,17 +31,17 @@ def test_requests_per_minute() -> None:
 
 
 def test_tokens_per_minute_and_what_did_not_come() -> None:
-    tenants = Limits(own={"a": TenantLimits(tokens_per_minute=600)})
-    assert tenants.take("a", 500, 0.0) is None
-    refusal = tenants.take("a", 200, 0.0)
+    own = TenantLimits(tokens_per_minute=600)
+    tenants = Limits(TenantLimits(tokens_per_minute=5))
+    assert tenants.take("a", 500, 0.0, own) is None
+    refusal = tenants.take("a", 200, 0.0, own)
     assert refusal is not None
     assert refusal.retry_after_s == pytest.approx(10.0)
     tenants.give_back("a", 100, 0.0)
-    assert tenants.take("a", 200, 0.0) is None
+    assert tenants.take("a", 200, 0.0, own) is None
     tenants.give_back("a", 10**6, 0.0)  # never more than a minute's worth
-    assert tenants.take("a", 600, 0.0) is None
-    assert tenants.take("a", 1, 0.0) is not None
-    assert tenants.take("anybody else", 10**6, 0.0) is None
+    assert tenants.take("a", 600, 0.0, own) is None
+    assert tenants.take("a", 1, 0.0, own) is not None
 
 
 def test_a_request_larger_than_the_bucket_passes_when_it_is_full_and_leaves_a_debt() -> None:
@@ -61,14 +61,13 @@ def test_refused_tokens_cost_no_request() -> None:
 
 def test_full_buckets_are_forgotten_and_changed_limits_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_TENANTS", 3)
-    own: dict[str, TenantLimits] = {}
-    tenants = Limits(TenantLimits(requests_per_minute=60), own)
+    tenants = Limits(TenantLimits(requests_per_minute=60))
     for index in range(10):
         tenants.take(f"t{index}", 1, 10.0 * index)
     assert len(tenants._accounts) <= 3
-    own["t9"] = TenantLimits(requests_per_minute=1)
-    assert tenants.take("t9", 1, 90.0) is None
-    assert tenants.take("t9", 1, 90.0) is not None
+    own = TenantLimits(requests_per_minute=1)
+    assert tenants.take("t9", 1, 90.0, own) is None
+    assert tenants.take("t9", 1, 90.0, own) is not None
 
 
 @given(

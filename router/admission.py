@@ -1,0 +1,232 @@
+"""Who is let in, whose turn is next, and who is sent away when it gets too late for him. Pure: the time is an argument.
+
+    offer ──► waiting, by rank ──take──► under way ──first──► streams ──leave──► gone
+      └► refused           └─overdue──► shed
+
+Admitted requests wait at the router, since only what has not begun can still be reordered or refused cheaply; workers
+get just enough to stay busy. The line's order is that of deadlines (of the objective for the first token), in which
+each level of priority counts ``aging_s`` seconds. So whoever waits moves forward against all who come later, and the
+order of two requests never changes. The line is bounded.
+
+Before a request is let in, its place and everybody's start are worked out (``router.predict``). Whoever would then be
+late for his objective costs somebody his place: whoever has the lowest priority among those before him and himself, of
+these the newcomer, then the one with the least time left (Moore's algorithm for the fewest late jobs, with classes).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from router.predict import Outlook, Timeline
+
+PATIENCE_S = 60.0  # a first token that nobody set an objective for is due then, as far as the order is concerned
+MIN_RETRY_S, MAX_RETRY_S = 0.1, 60.0
+
+Reason = Literal["ttft", "tpot", "deadline", "line_full", "shed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one request asks of the workers. Times are monotonic seconds of this process; inf: no objective."""
+
+    number: int  # in order of arrival
+    slo_class: str
+    priority: int
+    arrived_s: float
+    deadline_s: float
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+    prompt_tokens: int = 1  # to be computed
+    sequences: int = 1
+
+    @property
+    def due_s(self) -> float:
+        """When the first token must be there."""
+        return min(self.arrived_s + self.ttft_s, self.deadline_s)
+
+    def rank(self, aging_s: float) -> tuple[float, int]:
+        return min(self.due_s, self.arrived_s + PATIENCE_S) - self.priority * aging_s, self.number
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A claim that will not be served, why, and when it might be."""
+
+    claim: Claim
+    reason: Reason
+    message: str
+    retry_after_s: float
+
+
+@dataclass(slots=True)
+class Admission:
+    """The requests of one router. ``predict``: whether objectives are promised, or only the line's bound refuses."""
+
+    max_waiting: int
+    aging_s: float
+    lead_s: float
+    predict: bool = True
+    waiting: list[Claim] = field(default_factory=list)  # by rank
+    _begun: dict[int, Claim] = field(default_factory=dict)  # sent to workers; by number
+    _unanswered: set[int] = field(default_factory=set)  # of these, without a first token yet
+
+    # ---- the life of a claim
+
+    def offer(self, claim: Claim, outlook: Outlook, now_s: float) -> list[Dropped]:
+        """Lets ``claim`` into the line, or drops it at once; others that it displaces are dropped too."""
+        if len(self.waiting) >= self.max_waiting:
+            message = f"{len(self.waiting)} requests are waiting already"
+            return [Dropped(claim, "line_full", message, _retry_s(self._drain_s(outlook)))]
+        line = list(self.waiting)
+        line.insert(self._place(claim), claim)
+        seen = self._seen(outlook)
+        trusted = self.predict and bool(self.waiting or not seen.idle)
+        if trusted and (alone_s := seen.tpot_alone_s) > claim.tpot_s:
+            message = (
+                f"a token is expected every {_ms(alone_s)}, class {claim.slo_class!r} promises {_ms(claim.tpot_s)}"
+            )
+            return [Dropped(claim, "tpot", message, _retry_s(self._drain_s(outlook)))]
+        victims = self._displaced(line, seen, now_s, claim) if trusted else []
+        dropped = [
+            self._refusal(one, outlook, now_s) if one is claim else self._shed(one, outlook, now_s) for one in victims
+        ]
+        self.waiting = _without(line, victims)
+        return dropped
+
+    def overdue(self, outlook: Outlook, now_s: float) -> list[Dropped]:
+        """Those that wait for what will not come in time even if all goes as well as it did on average."""
+        if not self.predict or not self.waiting:
+            return []
+        learned = replace(outlook.learned, ttft_factor=min(1.0, outlook.learned.ttft_factor))
+        victims = self._late(self.waiting, self._seen(replace(outlook, learned=learned)), now_s)
+        self.waiting = _without(self.waiting, victims)
+        return [self._shed(claim, outlook, now_s) for claim in victims]
+
+    def take(self, outlook: Outlook) -> Claim | None:
+        """The next one to go to the workers; None while they have enough to do, or nobody waits."""
+        if not self.waiting:
+            return None
+        outlook, claim = self._seen(outlook), self.waiting[0]
+        if not outlook.idle:
+            free, total = outlook.seats(self._limit_s(claim))
+            if outlook.backlog_s > self.lead_s or free < min(claim.sequences, total):
+                return None
+        self._begun[claim.number] = self.waiting.pop(0)
+        self._unanswered.add(claim.number)
+        return claim
+
+    def first(self, claim: Claim) -> None:
+        """Its first token is there."""
+        self._unanswered.discard(claim.number)
+
+    def leave(self, claim: Claim) -> None:
+        """It ended, or its client left; wherever it was."""
+        self._begun.pop(claim.number, None)
+        self._unanswered.discard(claim.number)
+        self.waiting = _without(self.waiting, [claim])
+
+    # ---- predictions
+
+    def ttft_s(self, claim: Claim, outlook: Outlook) -> float:
+        """Of one that waits, or would; from now. 0 while nothing was measured."""
+        line = Timeline(self._seen(outlook))
+        for one in self.waiting[: self._place(claim)]:
+            line.place(one.prompt_tokens, one.sequences)
+        return line.first_token_s(claim.prompt_tokens, claim.sequences, self._limit_s(claim))
+
+    def _displaced(self, line: Sequence[Claim], outlook: Outlook, now_s: float, newcomer: Claim) -> list[Claim]:
+        """Whoever loses his place because of ``newcomer``, who may be it. Who was late before stays aside: whether to
+        send him away is not decided with newcomers' caution."""
+        late_before = self._late(self.waiting, outlook, now_s)
+        return self._late(_without(line, late_before), outlook, now_s, newcomer)
+
+    def _late(
+        self, line: Sequence[Claim], outlook: Outlook, now_s: float, newcomer: Claim | None = None
+    ) -> list[Claim]:
+        """Whoever loses his place so that all others are in time; see the top."""
+        times, kept, victims = Timeline(outlook), list[Claim](), list[Claim]()
+        strictest_s = self._strictest_s
+        for claim in line:
+            kept.append(claim)
+            lost: Claim | None = None
+            while lost is not claim and self._is_late(claim, times, strictest_s, now_s):
+                lower = (one for one in kept if one.priority <= claim.priority)
+                lost = min(lower, key=lambda one: (one.priority, one is not newcomer, one.due_s, one.number))
+                kept.remove(lost)
+                victims.append(lost)
+                if lost is not claim:
+                    times.place(-lost.prompt_tokens, -lost.sequences)
+            if lost is not claim:
+                times.place(claim.prompt_tokens, claim.sequences)
+        return victims
+
+    def _is_late(self, claim: Claim, times: Timeline, strictest_s: float, now_s: float) -> bool:
+        limit_s = min(claim.tpot_s, strictest_s)
+        return now_s + times.first_token_s(claim.prompt_tokens, claim.sequences, limit_s) > claim.due_s
+
+    def _seen(self, outlook: Outlook) -> Outlook:
+        """``outlook`` with what was sent from here."""
+        tokens = sum(self._begun[number].prompt_tokens for number in self._unanswered)
+        sequences = sum(claim.sequences for claim in self._begun.values())
+        return replace(outlook, own_tokens=tokens, own_sequences=sequences)
+
+    @property
+    def _strictest_s(self) -> float:
+        """The shortest TPOT that anybody under way was promised."""
+        return min((claim.tpot_s for claim in self._begun.values()), default=math.inf)
+
+    def _limit_s(self, claim: Claim) -> float:
+        return min(claim.tpot_s, self._strictest_s)
+
+    def _rank(self, claim: Claim) -> tuple[float, int]:
+        return claim.rank(self.aging_s)
+
+    def _place(self, claim: Claim) -> int:
+        return bisect_left(self.waiting, self._rank(claim), key=self._rank)
+
+    # ---- refusals
+
+    def _refusal(self, claim: Claim, outlook: Outlook, now_s: float) -> Dropped:
+        """Why the newcomer cannot be served in time, or not without making others late. What comes too late by so many
+        seconds is worth another try when as much of the backlog is gone."""
+        seen_s, left_s = self.ttft_s(claim, outlook), claim.due_s - now_s
+        seat_s = Timeline(self._seen(outlook)).seat_s(claim.sequences, self._limit_s(claim))
+        named, retry_s = f"class {claim.slo_class!r}", _retry_s(seen_s - left_s)
+        expected = f"the first token is expected in {_ms(seen_s)}"
+        if seen_s <= left_s:
+            message = f"to serve {named} in time would make another request late"
+            return Dropped(claim, "ttft", message, _retry_s(self._drain_s(outlook)))
+        if claim.deadline_s < claim.arrived_s + claim.ttft_s:
+            return Dropped(claim, "deadline", f"{expected}, the deadline is in {_ms(left_s)}", retry_s)
+        if seat_s > left_s:
+            message = f"the batch has no place before {_ms(seat_s)} that keeps {named} and the others"
+            return Dropped(claim, "tpot", message, retry_s)
+        return Dropped(claim, "ttft", f"{expected}, {named} promises {_ms(claim.ttft_s)}", retry_s)
+
+    def _shed(self, claim: Claim, outlook: Outlook, now_s: float) -> Dropped:
+        message = f"waited {_ms(now_s - claim.arrived_s)}; class {claim.slo_class!r} cannot be kept any more"
+        return Dropped(claim, "shed", message, _retry_s(self._drain_s(outlook)))
+
+    def _drain_s(self, outlook: Outlook) -> float:
+        """Until the line of now is gone."""
+        line = Timeline(self._seen(outlook))
+        for claim in self.waiting:
+            line.place(claim.prompt_tokens, claim.sequences)
+        return line.first_token_s(0, 1, self._strictest_s)
+
+
+def _without(line: Sequence[Claim], gone: Sequence[Claim]) -> list[Claim]:
+    numbers = {claim.number for claim in gone}
+    return [claim for claim in line if claim.number not in numbers]
+
+
+def _retry_s(drain_s: float) -> float:
+    return min(max(MIN_RETRY_S, drain_s), MAX_RETRY_S)
+
+
+def _ms(seconds: float) -> str:
+    return f"{max(0.0, seconds) * 1e3:.0f} ms"
