@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from baton.config_admission import AdmissionConfig
 from baton.config_handoff import HandoffConfig
 from baton.config_observe import ObserveConfig
+from baton.config_routing import RoutingConfig
 from baton.config_security import IngressConfig, SecurityConfig
 from baton.config_types import Count, Frozen, Seconds
 from baton.errors import ConfigError
@@ -111,7 +112,7 @@ class PoolConfig(Frozen):
         return self
 
 
-class RouterConfig(Frozen):
+class RouterConfig(RoutingConfig):
     replicas: Count = Field(default=1, description="Router processes.")
     resources: dict[str, float] = Field(default_factory=dict, description="Ray custom resources that each reserves.")
     drain_s: Seconds = Field(default=30.0, description="A router that must go has so long to end its streams.")

@@ -25,6 +25,11 @@ class Holdings:
         fresh = self.pool.pages_for(sequence.known) - len(shared)
         return fresh + self.pool.idle_among(shared) + len(gone.intersection(shared)) <= self.pool.free + len(gone)
 
+    def found(self, sequence: Sequence) -> int:
+        """Tokens of ``sequence`` that it would not have to compute if it entered now."""
+        shared, source = self._hits(sequence)
+        return len(shared) * self.pool.page_tokens if source is None else sequence.known - 1
+
     def enter(self, sequence: Sequence) -> None:
         """Gives ``sequence``, which must fit, the pages of its known tokens; those from the cache count as computed.
 

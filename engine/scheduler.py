@@ -59,7 +59,9 @@ class Scheduler:
         self._check_fits(job)
         if len(self._waiting) >= self.max_waiting:
             raise Overloaded(f"{len(self._waiting)} sequences are waiting already", retry_after_ms=RETRY_AFTER_MS)
-        insert(self._waiting, self._enter(job, now_s, Phase.WAITING))
+        sequence = self._enter(job, now_s, Phase.WAITING)
+        sequence.found = self.holdings.found(sequence)
+        insert(self._waiting, sequence)
 
     def reserve(self, job: Job, now_s: float) -> tuple[int, ...]:
         """Takes the pages of ``job``'s prompt now, for KV that comes from elsewhere. Raises :class:`Overloaded`.
@@ -168,8 +170,9 @@ class Scheduler:
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens that are known but not computed, over all sequences that want to be."""
-        return sum(s.known - s.computed for queue in (self._waiting, self._running) for s in queue if not s.decodes)
+        """Tokens known but neither computed nor found in the cache, over all sequences that want to be computed."""
+        wanted = (s for queue in (self._waiting, self._running) for s in queue if not s.decodes)
+        return sum(s.known - (s.computed or s.found) for s in wanted)
 
     @property
     def running(self) -> int:

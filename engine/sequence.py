@@ -87,6 +87,7 @@ class Sequence:
     full_at: int  # tokens at which it has all it asked for
     keys: list[Key]  # of the full pages of its known tokens
     computed: int = 0  # tokens whose KV is in the pages
+    found: int = 0  # tokens that were in the cache when it came
     pages: list[int] = field(default_factory=list)
     published: int = 0
     publishes: bool = True  # whether more of its pages may enter the cache

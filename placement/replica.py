@@ -13,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+from baton.blocks import BlockJournal
 from baton.messages import Load
 from engine.fast_forward import DecodeRun, FastForward
 from engine.pages import PagePool
+from engine.prefix import Key
 from engine.sequence import Job, Slice
 from placement.cost import CostModel, StepShape, SummedCostModel
 from placement.events import Rank, Timeline
@@ -75,6 +77,8 @@ class Replica:
             max_running=limits.max_running,
             max_waiting=limits.max_waiting,
         )
+        self.blocks = BlockJournal()  # of the prefix cache, whose pages are the blocks here
+        self.scheduler.holdings.cache.on_change = self._note
         self.alive, self.draining = True, False
         self.handoffs = 0  # reserved but not landed (decode), sent but not landed (prefill)
         self.link_free_s = 0.0
@@ -184,6 +188,9 @@ class Replica:
             holdings.entered_tokens,
             holdings.hit_tokens,
         )
+
+    def _note(self, key: Key, held: bool) -> None:
+        self.blocks.change((cast(int, key),), held=held)
 
     # ---- steps
 

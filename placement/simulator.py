@@ -3,36 +3,32 @@
     arrive ─► choose decode ─► line for pages ─► reserve ─► choose prefill ─► prefill ─► first token
            ─► handoff over both links ─► landed ─► decode in the batch ─► last token
 
-What runs is the real code: :class:`engine.scheduler.Scheduler` in every worker and :mod:`router.policy` on views of
-pushed loads as old as the real ones. What is modelled: the accelerator and the handoff (a cost model), the line in
-front of a decode worker's pages (``decode_worker.admission``, which waits on an event loop), and the links: a handoff
-holds its sender's and its receiver's link for its whole transfer time, first come first served, and may begin before
-prefill ends by as much as the cost model says is hidden. Prefix caches are the real ones too where the workload knows
-which prompts begin alike; they hold prompts only, since no trace says what was answered. Not modelled: landing-buffer
-limits. There is no randomness here: the workload brings it.
+What runs is the real code: :class:`engine.scheduler.Scheduler` in every worker and :mod:`router.strategies` on views of
+pushed loads and cache events as old as the real ones. What is modelled: the accelerator and the handoff (a cost model),
+the line in front of a decode worker's pages (``decode_worker.admission``, which waits on an event loop), and the links:
+a handoff holds its sender's and its receiver's link for its whole transfer time, first come first served, and may begin
+before prefill ends by as much as the cost model says is hidden. Prefix caches are the real ones too where the workload
+knows which prompts begin alike; they hold prompts only, since no trace says what was answered. Not modelled:
+landing-buffer limits. There is no randomness here: the workload brings it.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, assert_never
 
+from baton.config_routing import Strategy
 from baton.errors import InvalidRequest, Overloaded
-from baton.messages import Load
 from engine.sequence import Job
 from placement.cost import CostModel
 from placement.events import Rank, Timeline
 from placement.outcome import End, Outcome, Slo, Trip
 from placement.replica import EngineLimits, Replica
+from placement.router_view import Role, RouterView
 from placement.workload import Arrival, page_keys
-from router import policy
-
-Role = Literal["prefill", "decode"]
-
-LOAD_AGE_S = 0.05  # baton.plane.LOAD_CHANGED_S: how old the load that a router sees may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +53,8 @@ class Cluster:
     prefill: Pool | None = None
     max_inflight: int = 1 << 20
     attempts: int = 3
+    strategy: Strategy = "prefix_affinity"
+    affinity_factor: float = 1.5
     paired: bool = False  # request n goes to the n-th pair of workers in turn (DistServe's 1:1 pairing)
 
     @property
@@ -113,16 +111,6 @@ class _Flight:
         return Job(self.request_id, self.prompt_tokens, left, prefill_only=prefill_only, keys=keys)
 
 
-@dataclass(slots=True)
-class _Seen:
-    """A worker's load as the router has it, and what was dispatched since."""
-
-    at_s: float
-    load: Load
-    requests: int = 0
-    tokens: int = 0
-
-
 class _Simulation:
     def __init__(self, cluster: Cluster, arrivals: Sequence[Arrival], block_tokens: int, fast: bool) -> None:
         self._cluster, self._arrivals, self._fast = cluster, arrivals, fast
@@ -133,7 +121,7 @@ class _Simulation:
         if cluster.prefill is not None:
             self._pools["prefill"] = self._workers("prefill", cluster.prefill)
         self._lines: dict[str, deque[_Flight]] = {}
-        self._seen: dict[str, _Seen] = {}
+        self._router = RouterView(self._timeline, cluster.strategy, cluster.affinity_factor)
         self._trips = [Trip(a.at_s, a.prompt_tokens, a.output_tokens) for a in arrivals]
         self._flights: dict[str, _Flight] = {}
         self._give_up: Slo | None = None
@@ -175,7 +163,7 @@ class _Simulation:
         self._flights[flight.request_id] = flight
         try:
             if self._cluster.prefill is None:
-                decode.add(flight.job(keys=self._keys(flight, decode)))
+                decode.add(flight.job(keys=self._keys(index, decode.limits.page_tokens)))
             else:
                 self._queue_for_pages(flight)
         except (Overloaded, InvalidRequest):
@@ -210,18 +198,19 @@ class _Simulation:
         try:
             if prefill is None:
                 raise Overloaded("no prefill worker")
-            prefill.add(flight.job(prefill_only=True, keys=self._keys(flight, prefill)))
+            keys = self._keys(_index(flight), prefill.limits.page_tokens)
+            prefill.add(flight.job(prefill_only=True, keys=keys))
         except (Overloaded, InvalidRequest):
             self._drop(flight, End.REFUSED)
             self._unreserve(flight)
             return
         flight.prefill = prefill
 
-    def _keys(self, flight: _Flight, worker: Replica) -> tuple[int, ...]:
-        """Names of the prompt's pages on ``worker``. Tokens that an earlier attempt sent have none, as in the trace."""
+    def _keys(self, index: int, page_tokens: int) -> tuple[int, ...]:
+        """Names of the pages of a request's prompt. Tokens that an earlier attempt sent have none, as in the trace."""
         if not self._block_tokens:
             return ()
-        return page_keys(self._arrivals[_index(flight)], self._block_tokens, worker.limits.page_tokens)
+        return page_keys(self._arrivals[index], self._block_tokens, page_tokens)
 
     def prefilled(self, replica: Replica, request_id: str, now_s: float) -> None:
         """The first token is out; the KV goes to the decode worker as soon as both links are free."""
@@ -298,24 +287,10 @@ class _Simulation:
         workers = [worker for worker in self._pools[role] if worker.alive and not worker.draining]
         if self._cluster.paired:
             return workers[index % len(workers)] if workers else None
-        views = {worker.name: self._view(worker, role) for worker in workers}
-        if role == "prefill":
-            name = policy.choose_prefill(views.values())
-        else:
-            name = policy.choose_decode(list(views.values()), tokens, self._cluster.decode.limits.page_tokens)
-        if name is None:
-            return None
-        seen = self._seen[name]
-        seen.requests += 1
-        seen.tokens += tokens
-        return next(worker for worker in workers if worker.name == name)
-
-    def _view(self, worker: Replica, role: Role) -> policy.WorkerView:
-        seen, now_s = self._seen.get(worker.name), self._timeline.now_s
-        if seen is None or now_s - seen.at_s >= LOAD_AGE_S:
-            load = worker.load(waiting_tokens=role == "prefill", line=len(self._lines.get(worker.name, ())))
-            seen = self._seen[worker.name] = _Seen(now_s, load)
-        return policy.WorkerView(worker.name, seen.load, seen.requests, seen.tokens, seen.tokens)
+        spec = self._spec(role)
+        keys = self._keys(index, spec.limits.page_tokens)
+        lines = Counter({name: len(line) for name, line in self._lines.items()})
+        return self._router.choose(role, workers, tokens, keys, lines)
 
     # ---- failures and scaling
 
@@ -342,6 +317,7 @@ class _Simulation:
             if role == "decode" and (flight.landed or self._cluster.prefill is None):
                 flight.trip.sent = flight.before + worker.outputs(flight.request_id)
         worker.kill()
+        self._router.forget(worker)
         self._lines.pop(worker.name, None)
         for flight in lost:
             del self._flights[flight.request_id]

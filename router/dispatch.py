@@ -62,14 +62,14 @@ class Dispatcher:
         with contextlib.ExitStack() as held:
             decode = self._choice.decode(work, exclude)
             local = self._choice.local(work, decode, exclude)
-            held.enter_context(attempt.at(decode, computes=local))
+            held.enter_context(attempt.at(decode, computes=self._choice.assigned(work, decode) if local else 0))
             if local:
                 _send(attempt, decode, Decode(attempt.remaining()))
             else:
                 _send(attempt, decode, Reserve(attempt.remaining(), attempt.epoch, codec=run.codec, floor=run.floor))
                 ticket = await _granted(attempt)
                 prefill = self._choice.prefill(work, exclude)
-                held.enter_context(attempt.at(prefill, computes=True))
+                held.enter_context(attempt.at(prefill, computes=self._choice.assigned(work, prefill)))
                 _send(attempt, prefill, Prefill(attempt.remaining(), ticket))
                 attempt.transport = ticket.transport
             attempt.dispatched_s = time.monotonic()
@@ -102,8 +102,8 @@ async def _tokens(attempt: Attempt) -> AsyncGenerator[tuple[TokenEvent, ...]]:
             case peer, Tokens(events=events):
                 if batch := attempt.arrived(peer.address.role, events):
                     yield batch
-            case _, Report() as report:
-                attempt.account(report)
+            case peer, Report() as report:
+                attempt.account(peer, report)
             case peer, Failed() as failed:
                 # After the first token prefill's part is over; whether the handoff worked is decode's to say.
                 if peer.address.role == "decode" or not attempt.fruitful:

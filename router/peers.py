@@ -15,10 +15,26 @@ from typing import Literal
 
 from baton.errors import ProtocolError, Unavailable
 from baton.frames import FrameStream
-from baton.messages import PLANE, Cancel, Draining, Failed, Granted, Handed, Hello, Load, Report, Tokens
+from baton.messages import (
+    PLANE,
+    CacheEvents,
+    Cancel,
+    Draining,
+    Failed,
+    Granted,
+    Handed,
+    Hello,
+    Load,
+    Report,
+    Tokens,
+    WatchCache,
+)
 from baton.request import TokenEvent
 from baton.secure import ClusterKey
+from engine.speed import PromptSpeed
+from router.cache_watch import CacheWatch
 from router.policy import WorkerView
+from router.prefix_index import PrefixIndex
 from router.suspicion import Suspicion
 
 log = logging.getLogger(__name__)
@@ -51,7 +67,9 @@ class Peer:
         self.suspicion = Suspicion(self._load_s)
         self.draining = False  # it said that it will leave
         self._sinks: dict[str, Sink] = {}
-        self._unseen: dict[str, tuple[int, bool]] = {}  # prompt tokens, and whether they are computed there
+        self._unseen: dict[str, tuple[int, int]] = {}  # prompt tokens, and how many are computed there
+        self.handoffs = PromptSpeed()  # what streams waited for handoffs to it
+        self._cache: CacheWatch | None = None
 
     @classmethod
     async def connect(cls, address: WorkerAddress, *, timeout_s: float, key: ClusterKey | None = None) -> Peer:
@@ -83,14 +101,20 @@ class Peer:
             self._load,
             len(unseen),
             sum(tokens for tokens, _ in unseen),
-            sum(tokens for tokens, computed in unseen if computed),
+            sum(computed for _, computed in unseen),
+            self.handoffs.token_s,
         )
 
+    def watch_cache(self, index: PrefixIndex) -> None:
+        """From now on ``index`` knows what the worker's prefix cache holds."""
+        self._cache = CacheWatch(index, self.address.generation, lambda: self._link.send(WatchCache()))
+        self._cache.begin()
+
     @contextlib.contextmanager
-    def attached(self, request_id: str, sink: Sink, tokens: int, *, computes: bool) -> Iterator[None]:
+    def attached(self, request_id: str, sink: Sink, tokens: int, *, computes: int) -> Iterator[None]:
         """While open, records about ``request_id`` go to ``sink``; on the way out the worker is told to free it.
 
-        ``tokens`` of prompt will take pages there; computes: they are computed there, not received.
+        ``tokens`` of prompt will take pages there; computes: of these, what is computed there, neither received nor cached.
         """
         self._sinks[request_id] = sink
         self._unseen[request_id] = tokens, computes
@@ -120,6 +144,8 @@ class Peer:
             log.error("%s: %s; connection closed", self.address.worker_id, error)
         finally:
             self._link.abort()
+            if self._cache is not None:
+                self._cache.end()
             self._fail_all(f"{self.address.role} worker lost")
 
     def check(self, now_s: float) -> None:
@@ -149,6 +175,8 @@ class Peer:
                 self._to_sink(ticket.request_id, record)
             case Report() | Handed():
                 self._to_sink(record.request_id, record)
+            case CacheEvents() if self._cache is not None:
+                self._cache.told(record)
             case Draining():
                 self.draining = True
             case Failed():
@@ -175,9 +203,13 @@ class Peer:
 class Pools:
     """The connected workers of both roles. :meth:`update` gets every new list from the directory."""
 
-    def __init__(self, *, connect_s: float, key: ClusterKey | None = None) -> None:
-        """``key``: what both ends of a connection prove; None for workers that let everybody in."""
-        self._connect_s, self._key = connect_s, key
+    def __init__(self, *, connect_s: float, key: ClusterKey | None = None, watch_caches: bool = True) -> None:
+        """``key``: what both ends of a connection prove; None for workers that let everybody in.
+
+        watch_caches: ``index`` learns what workers have cached; otherwise it stays empty.
+        """
+        self._connect_s, self._key, self._watch_caches = connect_s, key, watch_caches
+        self.index = PrefixIndex()  # workers by generation
         self._peers: dict[str, Peer] = {}  # by generation
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._listed: dict[Role, dict[str, WorkerAddress]] = {"prefill": {}, "decode": {}}
@@ -251,6 +283,8 @@ class Pools:
             attempt = 0
             self._peers[address.generation] = peer
             try:
+                if self._watch_caches:
+                    peer.watch_cache(self.index)
                 await peer.listen()
             finally:
                 del self._peers[address.generation]

@@ -1,4 +1,4 @@
-"""Which workers take a request. Pure: what is known about the workers goes in, the choice comes out.
+"""What the router knows about a worker and a prompt, and whether the two workers of a request are better one. Pure.
 
 Pushed load is up to one heartbeat old, so what this router dispatched since is added to it: without that, a burst
 that arrives between two pushes would all go to the same worker.
@@ -6,8 +6,8 @@ that arrives between two pushes would all go to the same worker.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from baton.messages import Load
 
@@ -24,6 +24,7 @@ class WorkerView:
     unseen_requests: int = 0
     unseen_tokens: int = 0
     unseen_prompts: int = 0  # of these, tokens to be computed there
+    handoff_token_s: float = 0.0  # what streams lately waited for the handoff to it, by prompt token; 0: unknown
 
     @property
     def queued_tokens(self) -> int:
@@ -41,31 +42,35 @@ class WorkerView:
         return free_pages * page_tokens >= tokens + self.unseen_tokens
 
 
-def choose_prefill(workers: Iterable[WorkerView]) -> str | None:
-    """The worker with the fewest prompt tokens before us; ties go to the lower id. None when there is no worker."""
-    best = min(workers, key=lambda w: (w.queued_tokens, w.load.running + w.unseen_requests, w.worker_id), default=None)
-    return best.worker_id if best else None
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What matters of a request. ``held``: tokens of it that each worker has cached; who is not in it is unknown."""
+
+    tokens: int
+    held: Mapping[str, int] = field(default_factory=dict)
+    first: int = 0  # the name of its first block (baton.blocks); 0: it has no full one
+    session: str = ""
+    turn: int = 0  # requests before this one
+
+    def uncached(self, worker_id: str) -> int:
+        """Tokens that ``worker_id`` would compute: one at least, for its logits."""
+        return max(1, self.tokens - self.held.get(worker_id, 0))
 
 
-def choose_decode(workers: Sequence[WorkerView], tokens: int, page_tokens: int) -> str | None:
-    """The worker with the smallest batch among those with pages for ``tokens``; without any such, among all.
-
-    ``tokens`` is the prompt's length. A worker that turns out to be full refuses with RESOURCE_EXHAUSTED itself.
-    """
-    roomy = [worker for worker in workers if worker.fits(tokens, page_tokens)] or workers
-    best = min(roomy, key=lambda w: (w.sequences, w.load.pages_used, w.worker_id), default=None)
-    return best.worker_id if best else None
-
-
-def prefers_local(decode: WorkerView, prefill: WorkerView | None, tokens: int) -> bool:
-    """Whether ``decode`` computes a prompt of ``tokens`` tokens itself, its best ``prefill`` worker being that one.
+def prefers_local(decode: WorkerView, prefill: WorkerView | None, prompt: Prompt) -> bool:
+    """Whether ``decode`` computes ``prompt`` itself, its best ``prefill`` worker being that one.
 
     Beside its decodes that goes slowly, and stretches their gaps as far as ``gap_ms`` allows. So it must give the first
     token ``LOCAL_GAIN`` times sooner than the line at the prefill worker: by both workers' own measure of a prompt
-    token. While nothing was measured, or no prompt waits anywhere, prefill workers do what they are there for.
+    token, what each has cached, and what a handoff lately kept streams waiting. While nothing was measured, or no
+    prompt waits anywhere and ``decode`` has no more of this one cached, prefill workers do what they are there for.
     """
     if prefill is None:
         return True
-    remote_s = prefill.load.prompt_token_s * (prefill.queued_tokens + tokens)
-    local_s = (decode.load.prompt_token_s or MIXED_COST * prefill.load.prompt_token_s) * (decode.queued_tokens + tokens)
-    return prefill.queued_tokens > 0 and LOCAL_GAIN * local_s < remote_s
+    here, there = prompt.uncached(decode.worker_id), prompt.uncached(prefill.worker_id)
+    if prefill.queued_tokens == 0 and here >= there:
+        return False
+    token_s = prefill.load.prompt_token_s
+    remote_s = token_s * (prefill.queued_tokens + there) + decode.handoff_token_s * prompt.tokens
+    local_s = (decode.load.prompt_token_s or MIXED_COST * token_s) * (decode.queued_tokens + here)
+    return token_s > 0.0 and LOCAL_GAIN * local_s < remote_s

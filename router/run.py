@@ -140,8 +140,8 @@ class Attempt:
         return self.last_token_s - self.first_decode_s if self.first_decode_s else 0.0
 
     @contextlib.contextmanager
-    def at(self, peer: Peer, *, computes: bool) -> Iterator[None]:
-        """While open, what ``peer`` says of this attempt comes to the inbox."""
+    def at(self, peer: Peer, *, computes: int) -> Iterator[None]:
+        """While open, what ``peer``, which computes so many tokens, says of this attempt comes to the inbox."""
         self.peers[peer.address.worker_id] = peer
         self.by_role[peer.address.role] = peer.address.worker_id
         with peer.attached(self.work.request_id, self._sink, len(self.work.known), computes=computes):
@@ -169,8 +169,11 @@ class Attempt:
                 self.first_decode_s = self.first_decode_s or now_s
         return batch
 
-    def account(self, report: Report) -> None:
+    def account(self, peer: Peer, report: Report) -> None:
         """The two workers' reports name different stages."""
+        if report.transfer_bytes:
+            exposed_s = sum(report.stages.get(stage, 0.0) for stage in ("encode", "wire", "land"))
+            peer.handoffs.observe(len(self.work.known), exposed_s)
         mine = self.report
         self.report = Report(
             report.request_id,

@@ -25,6 +25,7 @@ from grpc_health.v1 import health_pb2
 
 from baton.api_keys import ANYBODY, Caller
 from baton.config import Config
+from baton.config_routing import BLIND
 from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidRequest, NotFound, Overloaded
 from baton.ledger import blend
 from baton.secure import load_key
@@ -74,7 +75,9 @@ class InferenceService:
         self._limits = validate.Limits.of(config, context_tokens=min(config.model.max_context, spec.max_context))
         key = load_key(config.security)
         self.gate = Gate(config, key)
-        self.pools = Pools(connect_s=config.router.connect_s, key=key)
+        self.pools = Pools(
+            connect_s=config.router.connect_s, key=key, watch_caches=config.router.strategy not in BLIND
+        )
         self._disaggregated = config.prefill.replicas > 0
         self._dispatcher = Dispatcher(
             Choice(
@@ -82,6 +85,7 @@ class InferenceService:
                 decode_page_tokens=config.decode.page_tokens,
                 disaggregated=self._disaggregated,
                 local_prefill=config.router.local_prefill,
+                routing=config.router,
             ),
             Patience(config.router.retries, config.router.recovery_s),
             retried=self._retried,

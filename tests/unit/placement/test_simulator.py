@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from baton import plane
-from placement import simulator
+from placement import router_view
 from placement.cost import StepShape
 from placement.linear import LinearCost
 from placement.outcome import End, Outcome, Slo
@@ -21,7 +21,7 @@ def run(cluster: Cluster, *requests: tuple[float, int, int], changes: tuple[Chan
 
 
 def test_load_is_as_old_as_the_routers() -> None:
-    assert simulator.LOAD_AGE_S == plane.LOAD_CHANGED_S
+    assert router_view.LOAD_AGE_S == plane.LOAD_CHANGED_S
 
 
 def test_one_request_alone_takes_prefill_handoff_and_its_decode_steps() -> None:
