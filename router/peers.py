@@ -114,7 +114,7 @@ class Peer:
     def attached(self, request_id: str, sink: Sink, tokens: int, *, computes: int) -> Iterator[None]:
         """While open, records about ``request_id`` go to ``sink``; on the way out the worker is told to free it.
 
-        ``tokens`` of prompt will take pages there; computes: of these, what is computed there, neither received nor cached.
+        ``tokens`` of prompt will take pages there; computes: how many of them are computed there.
         """
         self._sinks[request_id] = sink
         self._unseen[request_id] = tokens, computes

@@ -75,9 +75,7 @@ class InferenceService:
         self._limits = validate.Limits.of(config, context_tokens=min(config.model.max_context, spec.max_context))
         key = load_key(config.security)
         self.gate = Gate(config, key)
-        self.pools = Pools(
-            connect_s=config.router.connect_s, key=key, watch_caches=config.router.strategy not in BLIND
-        )
+        self.pools = Pools(connect_s=config.router.connect_s, key=key, watch_caches=config.router.strategy not in BLIND)
         self._disaggregated = config.prefill.replicas > 0
         self._dispatcher = Dispatcher(
             Choice(
@@ -117,7 +115,9 @@ class InferenceService:
             metadata = status.metadata(context)
             caller = self._counted(lambda: self.gate.admit(metadata))
             request = self._counted(lambda: _decoded(pb.GenerateRequest, body))
-            async with aclosing(self.stream(request, arrived_s=arrived_s, caller=caller, metadata=metadata)) as responses:
+            async with aclosing(
+                self.stream(request, arrived_s=arrived_s, caller=caller, metadata=metadata)
+            ) as responses:
                 async for response in responses:
                     yield response
         except BatonError as error:
