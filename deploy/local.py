@@ -19,6 +19,7 @@ import yaml
 from baton.config import Config
 from baton.errors import ConfigError, Unavailable
 from baton.secure import load_key, write_key
+from deploy import ingress
 
 LOOPBACK = "127.0.0.1"  # everything runs on this machine: nobody else needs to reach the workers
 READY_TIMEOUT_S = 300.0
@@ -50,10 +51,17 @@ def up(config: Config, *, progress: Progress) -> Endpoints:
     """Starts the cluster and returns when it can serve. Raises ConfigError when it runs already, Unavailable when the
     start failed or took longer than ``READY_TIMEOUT_S``; nothing is left running then.
     """
-    config = config.with_flags({"worker_host": config.worker_host or LOOPBACK})
+    keys = config.security.api_keys_file  # its readers have other working directories
+    config = config.with_flags(
+        {
+            "worker_host": config.worker_host or LOOPBACK,
+            "security.api_keys_file": str(Path(keys).expanduser().absolute()) if keys else None,
+        }
+    )
     folder = root() / config.name
     if _supervisor(folder) is not None:
         raise ConfigError(f"a cluster named {config.name!r} is running; `baton down` ends it", field="name")
+    ingress.check(config)
     for port_name in ("grpc_port", "http_port"):
         _require_free(port_name, getattr(config.ingress, port_name))
     shutil.rmtree(folder, ignore_errors=True)

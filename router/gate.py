@@ -1,7 +1,7 @@
 """Who gets in at the front: every call shows its API key here before anything of it is read or parsed (ADR 13).
 
 The keys' file is looked at once a second at most, when somebody calls, so that keys come and go without a restart. Of a
-file that cannot be read or parsed the keys of before stay: half a file must neither lock everybody out nor let anybody in.
+file that cannot be read or parsed the keys of before stay: half a file locks nobody out and lets nobody in.
 """
 
 from __future__ import annotations

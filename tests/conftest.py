@@ -5,10 +5,13 @@ Heavy modules are imported by the fixtures that need them, so that tests of pure
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -84,3 +87,51 @@ def byte_fallback(byte_fallback_folder: Path) -> Tokenizer:
     from engine.text import Tokenizer
 
     return Tokenizer(byte_fallback_folder)
+
+
+class Signed:
+    """An authority's folder: ``ca``, and files named after whoever it signed for, at 127.0.0.1 and localhost."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        from cryptography import x509
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        self._folder, self._name = folder, x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self.ca = self._sign("ca", self._name, self._key, authority=True)
+
+    def pair(self, name: str) -> tuple[str, str]:
+        """Paths of a certificate for ``name`` and of its key."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        private = self._folder / f"{name}.key"
+        private.write_bytes(key.private_bytes(serialization.Encoding.PEM, *form))
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        return self._sign(name, subject, key, authority=False), str(private)
+
+    def _sign(self, file: str, subject: Any, key: Any, *, authority: bool) -> str:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+
+        now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        builder = x509.CertificateBuilder(self._name, subject, key.public_key(), x509.random_serial_number())
+        certificate = (
+            builder.not_valid_before(now - day).not_valid_after(now + day)
+            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )  # fmt: skip
+        path = self._folder / f"{file}.pem"
+        path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        return str(path)
+
+
+@pytest.fixture(scope="session")
+def signed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Signed]:
+    """A function that makes a certificate authority of that name."""
+    return lambda name: Signed(tmp_path_factory.mktemp("signed"), name)
