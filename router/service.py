@@ -36,6 +36,7 @@ from router import respond, status, validate
 from router.choice import Choice
 from router.dispatch import Dispatcher
 from router.gate import Gate, Metadata
+from router.handlers import within_deadline
 from router.interleave import interleave
 from router.observer import Observer, Seen
 from router.peers import Peer, Pools, Role, WorkerAddress
@@ -114,7 +115,7 @@ class InferenceService:
         try:
             metadata = status.metadata(context)
             caller = self._counted(lambda: self.gate.admit(metadata))
-            request = self._counted(lambda: _decoded(pb.GenerateRequest, body))
+            request = within_deadline(self._counted(lambda: _decoded(pb.GenerateRequest, body)))
             async with aclosing(
                 self.stream(request, arrived_s=arrived_s, caller=caller, metadata=metadata)
             ) as responses:
