@@ -54,7 +54,7 @@ class Work:
     ``budget_s`` is the time left until the client's deadline when the message was sent; every process turns it
     into its own monotonic clock, so machines need no common clock. ``priority``: larger runs earlier.
     ``output``: tokens that the client has already, of a worker that was lost; they are computed again, never emitted
-    again, and the next one has their number as its index (ADR 13).
+    again, and the next one has their number as its index (ADR 18).
     """
 
     request_id: str

@@ -3,7 +3,7 @@
     choose decode ─► Reserve ─► Ticket ─► choose prefill ─► Prefill(ticket) ─► first token ─► tokens from decode
 
 Where the decode worker computes the prompt itself: ``Decode``. When a worker or a handoff is lost on the way, the
-request is tried again on others, from the tokens that the client has (ADR 13): ``router.recovery`` says whether.
+request is tried again on others, from the tokens that the client has (ADR 18): ``router.recovery`` says whether.
 """
 
 from __future__ import annotations
