@@ -15,7 +15,7 @@ from bench.stats import ATTAINMENT, Record, Slo, attainment, mean_stages
 COLOURS = dict(
     zip(
         STAGES,
-        ("#8c8c8c", "#d9a400", "#3572e0", "#a02c9c", "#d65fd2", "#d9452b", "#e8c84a", "#3a9d4a", "#c9c9c9"),
+        ("#8c8c8c", "#d9a400", "#3572e0", "#a02c9c", "#d65fd2", "#d9452b", "#e8c84a", "#3a9d4a", "#7a0a0a", "#c9c9c9"),
         strict=True,
     )
 )
