@@ -41,11 +41,11 @@ class Observer:
         classes = config.admission.classes
         self.meters = Meters({name: Objectives(one.ttft_ms / 1e3, one.tpot_ms / 1e3) for name, one in classes.items()})
         self._default_class = config.admission.default_class
-        self._tracing = tracing or (Tracing(instance=router_id) if config.observe.traces else None)
+        self.tracing = tracing or (Tracing(instance=router_id) if config.observe.traces else None)
 
     async def close(self) -> None:
-        if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.close)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     @contextlib.contextmanager
     def request(self, request: pb.GenerateRequest, arrived_s: float, metadata: Metadata) -> Iterator[Seen]:
@@ -91,8 +91,8 @@ class Observer:
             attributes={"baton.slo_class": seen.slo_class, **_asked(seen.parsed)},
             outputs=seen.outputs,
         )
-        if self._tracing is not None:
-            logs.about(trace_id=self._tracing.record(story, metadata))
+        if self.tracing is not None:
+            logs.about(trace_id=self.tracing.record(story, metadata))
         if log.isEnabledFor(logging.INFO):
             log.info("request ended: %s", seen.error or "OK", extra=_summary(story))
 

@@ -163,7 +163,8 @@ class _Drawn:
             self._span("recover" if number else "admit", at_s, attempt.dispatched_s or until_s, about)
             if attempt.dispatched_s:
                 at_s = self._attempt(attempt, about, until_s)
-            at_s = max(at_s, attempt.last_token_s)
+            if until_s != last_s:  # what an attempt that was lost brought counts until its last token
+                at_s = max(at_s, attempt.last_token_s)
         if output.finish:
             self._span("deliver", at_s, run.last_token_s, {})
 
