@@ -22,6 +22,7 @@ SCALING_POLICY = "deploy.scaling.LoadPolicy"
 ROUTER_CPUS = 0.1
 HEALTH_CHECK_S = 2.0
 GRACE_S = 5.0  # between the end of a drain and the end of the process
+MIN_MESSAGE_BYTES = 4 << 20  # the limit holds for answers too
 LOOK_BACK_S = 30.0
 UPSCALE_DELAY_S = 15.0
 DOWNSCALE_DELAY_S = 300.0  # a worker's start takes minutes where the model is large
@@ -69,6 +70,8 @@ def environment(config: Config) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": streams,
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": streams,
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # A little more than is accepted, so that what is a little too large gets a proper answer. Ray's is 2 GiB.
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(config.router.max_request_bytes, MIN_MESSAGE_BYTES) + (64 << 10)),
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_worker_niceness": "0",  # Ray makes its workers yield to every other process by default
         "RAY_USAGE_STATS_ENABLED": "0",
