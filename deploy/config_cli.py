@@ -35,10 +35,28 @@ def serve(config: ConfigFile = None) -> None:
 
 
 @config_app.command("env")
-def env(config: ConfigFile = None) -> None:
-    """Print what Ray's nodes need in their environment, as shell commands."""
+def env(
+    *,
+    config: ConfigFile = None,
+    front: Annotated[Path | None, typer.Option(help="Put the hardened front into this folder, and name it.")] = None,
+    tls: Annotated[
+        Path | None, typer.Option(help="Folder with tls.crt and tls.key, instead of the files in ingress.tls.")
+    ] = None,
+) -> None:
+    """Print what Ray's nodes need in their environment, as shell commands: run it on each before `ray start`."""
     from baton.config import load
     from deploy.serve_config import environment
 
-    for name, value in environment(load(config)).items():
+    flags = {} if tls is None else {"ingress.tls.cert": str(tls / "tls.crt"), "ingress.tls.key": str(tls / "tls.key")}
+    settings = load(config).with_flags(flags)
+    found = environment(settings)
+    if front is not None:
+        from baton.secure import load_key
+        from deploy import ingress
+        from router.gate import front_token
+
+        ingress.check(settings)
+        key = load_key(settings.security)
+        found |= ingress.install(settings, front.absolute(), front_token(key) if key is not None else "")
+    for name, value in found.items():
         print(f"export {name}={shlex.quote(value)}")

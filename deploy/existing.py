@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from baton.config import Config
 from baton.errors import Unavailable
-from deploy import serve_config
+from deploy import ingress, serve_config
 
 CONNECT_S = 5.0
 PROBE_S = 60.0  # a worker process starts for it on every node
 NOT_INSTALLED = ""
+FRONT = "RAY_SERVE_HAPROXY_BINARY_PATH"  # that of deploy.ingress: without it the front has no defences
 
 Progress = Callable[[str], None]
 
@@ -37,9 +38,11 @@ def up(config: Config, address: str, *, progress: Progress) -> None:
 
     Raises :class:`Unavailable` when there is no Ray, a node cannot run the application, or it does not come up.
     """
+    ingress.check(config)
     with _joined(address):
-        nodes = _probe(serve_config.environment(config))
-        wrong = faults(nodes, serve_config.environment(config), importlib.metadata.version("baton"))
+        environment = serve_config.environment(config)
+        nodes = _probe([*environment, FRONT])
+        wrong = faults(nodes, environment, importlib.metadata.version("baton"))
         if wrong:
             raise Unavailable("; ".join(wrong))
         progress(f"{len(nodes)} nodes can run it; loading the model in every worker")
@@ -70,10 +73,11 @@ def faults(nodes: list[Node], environment: Mapping[str, str], version: str) -> l
             found = "is not installed" if node.baton == NOT_INSTALLED else f"has version {node.baton}"
             wrong.append(f"Baton {found} on {node.host}, {version} is needed: install it there")
         other = [name for name, value in environment.items() if node.environment.get(name) != value]
+        other += [] if node.environment.get(FRONT) else [FRONT]
         if other:
             wrong.append(
                 f"Ray on {node.host} was started without {', '.join(other)}: "
-                'start it there after `eval "$(baton config env)"`'
+                'start it there after `eval "$(baton config env --config FILE --front FOLDER)"`'
             )
     return wrong
 
@@ -104,12 +108,10 @@ def _require_answer(address: str) -> None:
         raise Unavailable(f"no Ray answers at {address}: {error}") from error
 
 
-def _probe(environment: Mapping[str, str]) -> list[Node]:
+def _probe(names: list[str]) -> list[Node]:
     """Every live node, as a process of Ray sees it there."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    names = list(environment)
 
     def look() -> tuple[str, dict[str, str | None]]:  # nested, so that it travels as code: Baton may be missing there
         try:
