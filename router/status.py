@@ -29,7 +29,7 @@ class Context(Protocol):
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
     def set_code(self, code: grpc.StatusCode) -> None: ...
     def set_details(self, details: str) -> None: ...
-    def set_trailing_metadata(self, metadata: tuple[tuple[str, str | bytes], ...]) -> None: ...
+    def set_trailing_metadata(self, metadata: list[tuple[str, str | bytes]]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def set_on(context: Context, error: BatonError) -> None:
     status = of(error)
     context.set_code(status.code)
     context.set_details(status.details)
-    context.set_trailing_metadata(status.trailing_metadata)
+    context.set_trailing_metadata(list(status.trailing_metadata))  # Serve adds it to a list of its own
 
 
 def _cut(message: str) -> str:
