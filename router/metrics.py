@@ -25,8 +25,8 @@ PROVIDER = "baton"  # gen_ai.provider.name
 class _Exposition(Collector):
     """Asks for the status anew at each scrape."""
 
-    def __init__(self, report: Callable[[], pb.GetStatusResponse], meters: Meters) -> None:
-        self._report, self._meters = report, meters
+    def __init__(self, report: Callable[[], pb.GetStatusResponse], meters: Meters, unauthenticated: int) -> None:
+        self._report, self._meters, self._unauthenticated = report, meters, unauthenticated
 
     def collect(self) -> Iterator[Metric]:
         status = self._report()
@@ -34,13 +34,19 @@ class _Exposition(Collector):
         yield from _workers(status)
         yield from _served(self._meters, status.model)
         yield from _requests(self._meters)
+        strangers = CounterMetricFamily("baton_router_unauthenticated", "Calls without a good API key.")
+        strangers.add_metric([], self._unauthenticated)
+        yield strangers
         yield from _handoffs(self._meters)
 
 
-def text(report: Callable[[], pb.GetStatusResponse], meters: Meters) -> bytes:
-    """The exposition of what ``report`` and ``meters`` say now, in Prometheus's text format."""
+def text(report: Callable[[], pb.GetStatusResponse], meters: Meters, *, unauthenticated: int = 0) -> bytes:
+    """The exposition of what ``report`` and ``meters`` say now, in Prometheus's text format.
+
+    unauthenticated: calls that the gate turned away so far.
+    """
     registry = CollectorRegistry()
-    registry.register(_Exposition(report, meters))
+    registry.register(_Exposition(report, meters, unauthenticated))
     return generate_latest(registry)
 
 

@@ -211,7 +211,8 @@ class Front:
         return _json(answers.Health(ready=ready), status=200 if ready else 503)
 
     async def metrics(self, request: Request, body: None) -> ASGIApp:
-        text = metrics.text(self._service.report, self._service.observer.meters)
+        service = self._service
+        text = metrics.text(service.report, service.observer.meters, unauthenticated=service.gate.refused)
         return Response(text, media_type=metrics.CONTENT_TYPE)
 
     async def openapi(self, request: Request, body: None) -> ASGIApp:
