@@ -119,6 +119,11 @@ class Admission:
         self._unanswered.add(claim.number)
         return claim
 
+    @property
+    def unanswered(self) -> int:
+        """Requests that were sent to workers and have no token yet."""
+        return len(self._unanswered)
+
     def first(self, claim: Claim) -> None:
         """Its first token is there."""
         self._unanswered.discard(claim.number)

@@ -47,16 +47,22 @@ class Choice:
             factor=self._routing.affinity_factor,
             page_tokens=self._page_tokens,
         )
-        return _named(peers, name, "decode")
+        return _named(self._pools, peers, name, "decode")
 
     def prefill(self, work: Work, exclude: frozenset[str] = frozenset()) -> Peer:
         peers = self._peers("prefill", exclude)
         self._turns["prefill"] += 1
-        return _named(peers, self._best_prefill(work, peers), "prefill")
+        return _named(self._pools, peers, self._best_prefill(work, peers), "prefill")
 
     def local(self, work: Work, decode: Peer, exclude: frozenset[str] = frozenset()) -> bool:
         """Whether ``decode`` computes the prompt itself."""
         return not self._disaggregated or (self._local_prefill and self._prefers_local(work, decode, exclude))
+
+    def uncached(self, work: Work) -> int:
+        """Tokens of ``work`` that the worker that knows most of it would have to compute."""
+        peers = self._peers("prefill" if self._disaggregated else "decode", frozenset())
+        prompt = self._prompt(work, peers)
+        return min((prompt.uncached(peer.address.worker_id) for peer in peers), default=prompt.tokens)
 
     def assigned(self, work: Work, peer: Peer) -> int:
         """``peer`` is to compute ``work`` now: how many tokens. Whoever asks next is told that it has the prompt."""
@@ -98,8 +104,8 @@ class Choice:
         return [peer for peer in peers if peer.address.worker_id not in exclude] or peers
 
 
-def _named(peers: list[Peer], worker_id: str | None, role: Role) -> Peer:
+def _named(pools: Pools, peers: list[Peer], worker_id: str | None, role: Role) -> Peer:
     for peer in peers:
         if peer.address.worker_id == worker_id:
             return peer
-    raise NoWorker(f"no {role} worker is connected", retry_after_ms=NO_WORKER_RETRY_MS)
+    raise NoWorker(f"no {role} worker is connected", lost_s=pools.lost_s(role), retry_after_ms=NO_WORKER_RETRY_MS)

@@ -99,11 +99,11 @@ class Limits:
         account = self._accounts.get(tenant)
         if account is None or account.limits != limits:
             self._forget_full(now_s)
-            buckets = [
+            requests, tokens = (
                 _Bucket(rate, float(rate), now_s) if rate else None
                 for rate in (limits.requests_per_minute, limits.tokens_per_minute)
-            ]
-            account = self._accounts[tenant] = _Account(*buckets, limits)
+            )
+            account = self._accounts[tenant] = _Account(requests, tokens, limits)
         account.fill(now_s)
         return account
 

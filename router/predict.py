@@ -22,7 +22,7 @@ STEP = 0.1  # by how much a broken prediction moves a factor, in its logarithm; 
 MOST = 4.0  # bound of a factor, and its inverse
 FADE_S = 60.0  # without observations a factor is halfway back to 1 after so long
 SMOOTH = 0.1  # weight of the newest in a mean
-LEAST_S = 1e-3  # shorter times are noise
+MOST_FIRST_S = 2.0  # what one outlier may claim that every first token costs
 
 
 class Factor:
@@ -64,6 +64,33 @@ class Learned:
     tpot_factor: float = 1.0
     first_s: float = 0.0  # of a first token that had to wait for nothing, beyond its prompt's computation
     seat_s: float = 0.0  # how long a sequence keeps its seat; 0: unknown
+
+
+class Learner:
+    """Gathers what requests saw."""
+
+    def __init__(self) -> None:
+        self._ttft, self._tpot = Factor(), Factor()
+        self._first, self._seat = Mean(), Mean()
+
+    def at(self, now_s: float) -> Learned:
+        return Learned(self._ttft.at(now_s), self._tpot.at(now_s), self._first.value, self._seat.value)
+
+    def first_token(self, promised_s: float, seen_s: float, now_s: float) -> None:
+        if promised_s > 0.0:
+            self._ttft.observe(promised_s, seen_s, now_s)
+
+    def unhindered(self, prompt_s: float, seen_s: float) -> None:
+        """A first token that waited for nobody came after ``seen_s``; its prompt alone was worth ``prompt_s``."""
+        self._first.observe(min(max(0.0, seen_s - prompt_s), MOST_FIRST_S))
+
+    def pace(self, promised_s: float, seen_s: float, now_s: float) -> None:
+        if promised_s > 0.0:
+            self._tpot.observe(promised_s, seen_s, now_s)
+
+    def left(self, seat_s: float) -> None:
+        """A sequence gave its seat back after so long."""
+        self._seat.observe(seat_s)
 
 
 @dataclass(frozen=True, slots=True)

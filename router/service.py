@@ -35,6 +35,7 @@ from engine.text import Tokenizer
 from router import respond, status, validate
 from router.choice import Choice
 from router.dispatch import Dispatcher
+from router.entry import Entry
 from router.gate import Gate, Metadata
 from router.handlers import within_deadline
 from router.interleave import interleave
@@ -78,19 +79,22 @@ class InferenceService:
         self.gate = Gate(config, key)
         self.pools = Pools(connect_s=config.router.connect_s, key=key, watch_caches=config.router.strategy not in BLIND)
         self._disaggregated = config.prefill.replicas > 0
+        self._choice = Choice(
+            self.pools,
+            decode_page_tokens=config.decode.page_tokens,
+            disaggregated=self._disaggregated,
+            local_prefill=config.router.local_prefill,
+            routing=config.router,
+        )
+        self._entry = Entry(config.admission, self.pools)
         self._dispatcher = Dispatcher(
-            Choice(
-                self.pools,
-                decode_page_tokens=config.decode.page_tokens,
-                disaggregated=self._disaggregated,
-                local_prefill=config.router.local_prefill,
-                routing=config.router,
-            ),
+            self._choice,
             Patience(config.router.retries, config.router.recovery_s),
             retried=self._retried,
         )
         self.observer = Observer(config, router_id=router_id)
         self._counters = Counters()
+        self._refusals: Counter[str] = Counter()  # with RESOURCE_EXHAUSTED, by reason
         self._codec_tokens: Counter[str] = Counter()  # (layer, token) pairs handed over, by codec
 
     @property
@@ -99,6 +103,7 @@ class InferenceService:
         return bool(self.pools.of("decode")) and (not self._disaggregated or bool(self.pools.of("prefill")))
 
     async def close(self) -> None:
+        await self._entry.close()
         await self.pools.close()
         await self.observer.close()
 
@@ -144,10 +149,16 @@ class InferenceService:
         with self.observer.request(request, arrived_s, metadata) as seen:
             parsed = await self._parse(request)
             seen.understood(parsed)
-            with self._admitted(parsed.outputs):
-                async with aclosing(self._outputs(parsed, seen)) as responses:
-                    async for response in responses:
-                        yield response
+            with self._counted_in(parsed.outputs):
+                uncached_tokens = self._choice.uncached(parsed.work(secrets.token_hex(8)))
+                async with self._entry.turn(
+                    parsed, caller, arrived_s=arrived_s, uncached_tokens=uncached_tokens
+                ) as turn:
+                    self._counters.accepted += parsed.outputs
+                    async with aclosing(self._outputs(parsed, seen)) as responses:
+                        async for response in responses:
+                            self._entry.came(turn, len(response.token_ids))
+                            yield response
 
     async def _parse(self, request: pb.GenerateRequest) -> validate.ParsedRequest:
         def parse() -> validate.ParsedRequest:
@@ -169,22 +180,22 @@ class InferenceService:
         self.observer.meters.retried(error.reason or error.code.lower())
 
     @contextlib.contextmanager
-    def _admitted(self, outputs: int) -> Iterator[None]:
-        """Counts the request, once for each of its outputs, from admission to its end, and how it ended."""
-        counters = self._counters
-        if counters.inflight + outputs > self._config.router.max_inflight:
-            counters.refused += outputs
-            raise Overloaded(f"{counters.inflight} requests are in flight already", retry_after_ms=RETRY_AFTER_MS)
+    def _counted_in(self, outputs: int) -> Iterator[None]:
+        """Counts the request, once for each of its outputs, while it waits and runs, and how it ended."""
+        counters, held = self._counters, self._counters.inflight
         counters.inflight += outputs
-        counters.accepted += outputs
         try:
+            if held + outputs > self._config.router.max_inflight:
+                message = f"{held} requests are in flight already"
+                raise Overloaded(message, retry_after_ms=RETRY_AFTER_MS, reason="inflight")
             yield
             counters.completed += outputs
         except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
             counters.cancelled += outputs
             raise
-        except Overloaded:
+        except Overloaded as error:
             counters.refused += outputs
+            self._refusals[error.reason or "worker"] += outputs
             raise
         except BaseException:
             counters.failed += outputs
@@ -275,7 +286,12 @@ class InferenceService:
             codec=handoff.codec,
             codecs_used=blend(self._codec_tokens),
             quality_floor=handoff.quality_floor,
-            router=pb.RouterStatus(id=self._router_id, **asdict(self._counters)),
+            router=pb.RouterStatus(
+                id=self._router_id,
+                waiting=self._entry.waiting,
+                refusals=self._refusals,
+                **asdict(self._counters),
+            ),
         )
 
     # ---- grpc.health.v1

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from baton.config import Config
+from baton.config_admission import AdmissionConfig, ClassConfig
 from baton.config_handoff import AUTO, CODECS, FLOORS, LOSS, codecs_within
 from baton.errors import CONTEXT_LENGTH_EXCEEDED, DeadlineExceeded, InvalidRequest, NotFound
 from baton.request import Sampling, Work
@@ -40,6 +42,8 @@ class Limits:
     codec: str
     quality_floor: str
     body_s: float = 30.0
+    classes: Mapping[str, ClassConfig] = field(default_factory=lambda: AdmissionConfig().classes)
+    default_class: str = AdmissionConfig().default_class
 
     @classmethod
     def of(cls, config: Config, *, context_tokens: int) -> Limits:
@@ -51,6 +55,8 @@ class Limits:
             codec=config.handoff.codec,
             quality_floor=config.handoff.quality_floor,
             body_s=config.ingress.body_s,
+            classes=config.admission.classes,
+            default_class=config.admission.default_class,
         )
 
 
@@ -68,6 +74,8 @@ class ParsedRequest:
     floor: str = "exact"
     outputs: int = 1
     session: str = ""  # a digest: what the client calls it stays here
+    slo_class: str = ""
+    slo: ClassConfig = field(default_factory=ClassConfig)  # what that class is promised
 
     def work(self, request_id: str, output: int = 0) -> Work:
         """What workers compute for one of the outputs, under the id that they know it by."""
@@ -98,6 +106,8 @@ def parse(
     budget_s = _budget_s(request, limits, grpc_remaining_s)
     floor = _floor(request.handoff, limits)
     codec = _codec(request.handoff, limits, floor)
+    slo_class = _slo_class(request.slo_class, limits)
+    slo = limits.classes[slo_class]
     sampling.check(request.sampling, tokenizer.vocab_size)
     prompt = _prompt(request, limits, tokenizer)
     return ParsedRequest(
@@ -105,12 +115,14 @@ def parse(
         prompt=tuple(prompt),
         sampling=sampling.fill(request.sampling, len(prompt), limits.context_tokens, tokenizer, seed),
         stop=tuple(request.sampling.stop),
-        priority=request.priority,
+        priority=max(-MAX_PRIORITY, min(request.priority + slo.priority, MAX_PRIORITY)),
         budget_s=budget_s,
         codec=codec,
         floor=floor,
         outputs=outputs,
         session=_session(request.session),
+        slo_class=slo_class,
+        slo=slo,
     )
 
 
@@ -179,6 +191,18 @@ def _budget_s(request: pb.GenerateRequest, limits: Limits, grpc_remaining_s: flo
             raise DeadlineExceeded("the deadline had passed when the request arrived")
         budget_s = min(budget_s, grpc_remaining_s)
     return budget_s
+
+
+def _slo_class(named: str, limits: Limits) -> str:
+    """The class of that name, or that OpenAI's clients call so."""
+    if not named:
+        return limits.default_class
+    if named in limits.classes:
+        return named
+    for name, slo in limits.classes.items():
+        if slo.service_tier == named:
+            return name
+    raise InvalidRequest("slo_class", f"unknown class {shown(named)}; known: {', '.join(limits.classes)}")
 
 
 def _floor(handoff: pb.Handoff, limits: Limits) -> str:

@@ -44,6 +44,7 @@ class BatonOptions(Body):
     budget_ms: Annotated[int, Field(ge=1, le=INT64, description="Time that the whole request may take.")] | None = None
     codec: Annotated[str, Field(description="Form of the KV cache on the wire.")] = ""
     quality_floor: Annotated[str, Field(description="Lowest quality that the transfer may have.")] = ""
+    slo_class: Annotated[str, Field(description="Class of service; instead of service_tier.")] = ""
 
 
 class SamplingBody(Body):
@@ -136,7 +137,9 @@ class ChatRequest(SamplingBody):
     parallel_tool_calls: Ignored
     metadata: Ignored
     store: Ignored
-    service_tier: Ignored
+    service_tier: (
+        Annotated[str, Field(description="A class of service, by its name or its tier; auto and default: none.")] | None
+    ) = None
     prompt_cache_retention: Ignored
     safety_identifier: Ignored
     audio: Unsupported

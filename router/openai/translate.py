@@ -21,7 +21,13 @@ MAX_CHOICES = 128  # of one request
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; chats take what the context leaves
 CHAT_NAMES = {"chat.messages": "messages", "chat": "messages"}
 IDS_NAMES = {"token_ids": "tokens"}  # of a detokenize request
-OPTIONS = {"priority": "baton.priority", "budget_ms": "baton.budget_ms", "handoff": "baton"}
+OPTIONS = {
+    "priority": "baton.priority",
+    "budget_ms": "baton.budget_ms",
+    "handoff": "baton",
+    "slo_class": "baton.slo_class",
+}
+NO_TIERS = ("auto", "default")  # service tiers that leave the class to the deployment
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +51,11 @@ def chat(body: ChatRequest, request_id: str) -> Job:
     sampling.top_logprobs = body.top_logprobs or 0
     request = _request(body, sampling, request_id)
     request.chat.CopyFrom(conversation(body.messages))
+    tier = {}
+    if body.service_tier and body.service_tier not in NO_TIERS and not request.slo_class:
+        request.slo_class, tier = body.service_tier, {"slo_class": "service_tier"}
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    return Job(request, OPTIONS | CHAT_NAMES | {"sampling.max_tokens": limit})
+    return Job(request, OPTIONS | CHAT_NAMES | tier | {"sampling.max_tokens": limit})
 
 
 def completions(body: CompletionRequest, request_id: str) -> list[Job]:
@@ -133,7 +142,7 @@ def _request(body: SamplingBody, sampling: pb.Sampling, request_id: str) -> pb.G
         session=body.prompt_cache_key or body.user or "",
     )
     if (options := body.baton) is not None:
-        request.priority = options.priority
+        request.priority, request.slo_class = options.priority, options.slo_class
         request.handoff.CopyFrom(pb.Handoff(codec=options.codec, quality_floor=options.quality_floor))
         if options.budget_ms is not None:
             request.budget_ms = options.budget_ms

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from baton.config import Config
+from baton.config_admission import AdmissionConfig
 from baton.config_handoff import CODECS, LOSS
 from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, NotFound
 from baton.request import Sampling
@@ -65,6 +66,7 @@ def test_every_value_arrives(parsed: Parsed) -> None:
         budget_ms=1500,
         handoff=pb.Handoff(codec="raw", quality_floor="exact"),
         request_id="abc-1.2:3_X",
+        slo_class="interactive",
     )  # fmt: skip
     assert parsed(request) == ParsedRequest(
         request_id="abc-1.2:3_X",
@@ -75,9 +77,11 @@ def test_every_value_arrives(parsed: Parsed) -> None:
             eos_token_ids=(), logprobs=True, top_logprobs=20,
         ),
         stop=("\n\n", "END"),
-        priority=-3,
+        priority=7,
         budget_s=1.5,
         codec="raw",
+        slo_class="interactive",
+        slo=AdmissionConfig().classes["interactive"],
     )  # fmt: skip
 
 
@@ -406,3 +410,21 @@ def test_tokenize_refuses(tokenizer: Tokenizer, limits: Limits, request_: pb.Tok
     with pytest.raises(BatonError) as caught:
         validate.tokenize(request_, limits, tokenizer)
     assert caught.value.field == field
+
+
+# ---- classes of service
+
+
+def test_a_request_has_a_class_and_its_priority_counts(parsed: Parsed) -> None:
+    named = {name: parsed(pb.GenerateRequest(prompt="x", slo_class=name, priority=3)) for name in ("", "interactive")}
+    assert [(one.slo_class, one.priority) for one in named.values()] == [("standard", 3), ("interactive", 13)]
+    assert named["interactive"].slo.ttft_ms > 0
+    assert parsed(pb.GenerateRequest(prompt="x", slo_class="flex")).slo_class == "batch"  # as OpenAI's clients call it
+    assert parsed(pb.GenerateRequest(prompt="x", slo_class="batch", priority=-100)).priority == -100
+
+
+def test_an_unknown_class_is_refused_with_the_known_ones(parsed: Parsed) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parsed(pb.GenerateRequest(prompt="x", slo_class="gold"))
+    assert refused.value.field == "slo_class"
+    assert refused.value.message == "unknown class 'gold'; known: interactive, standard, batch"
