@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -214,6 +215,7 @@ class Pools:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._listed: dict[Role, dict[str, WorkerAddress]] = {"prefill": {}, "decode": {}}
         self._watch: asyncio.Task[None] | None = None
+        self._lost_s: dict[Role, float] = {"prefill": -math.inf, "decode": -math.inf}  # when a connection last ended
 
     def update(self, role: Role, addresses: Iterable[WorkerAddress]) -> None:
         """Connects to new workers. One that is no longer listed gets no new streams, but keeps those it has."""
@@ -244,6 +246,10 @@ class Pools:
         leaving = [p.address for g, p in self._peers.items() if p.address.role == role and g not in listed]
         addresses = sorted([*listed.values(), *leaving], key=lambda address: address.worker_id)
         return [(a, self._peers.get(a.generation), a.generation in listed) for a in addresses]
+
+    def lost_s(self, role: Role) -> float:
+        """Seconds since the last loss of a worker of ``role``; inf before any."""
+        return time.monotonic() - self._lost_s[role]
 
     @property
     def hello(self) -> Hello | None:
@@ -288,4 +294,5 @@ class Pools:
                 await peer.listen()
             finally:
                 del self._peers[address.generation]
+                self._lost_s[address.role] = time.monotonic()
             log.warning("%s %s lost", address.role, address.worker_id)

@@ -11,7 +11,11 @@ NO_ROOM_PAUSE_S = 0.05  # until the next look whether a worker has come or has r
 
 
 class NoWorker(Unavailable):
-    """Nobody of a role is connected; nothing was tried."""
+    """Nobody of a role is connected; nothing was tried. ``lost_s``: for how long it has been so; inf: for ever."""
+
+    def __init__(self, message: str, *, lost_s: float, retry_after_ms: int = 0) -> None:
+        super().__init__(message, retry_after_ms=retry_after_ms)
+        self.lost_s = lost_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,9 @@ class Retries:
         """Seconds until the next attempt. Raises ``error`` where there is none.
 
         progress: the attempt that ``error`` ended brought tokens of a decode worker. Lost workers and handoffs are
-        tried again, a handoff whose lease ran out too, while the request has time. What a worker says of the request
-        itself is final, and so is a lack of room or of workers before the first attempt.
+        tried again, a handoff whose lease ran out too, while the request has time. So is a new request that finds no
+        worker when some were lost so lately that others may be on their way. What a worker says of the request itself
+        is final, and so is a lack of room before the first attempt.
         """
         if not self._repeatable(error):
             raise error
@@ -58,6 +63,8 @@ class Retries:
         return pause_s
 
     def _repeatable(self, error: BatonError) -> bool:
+        if isinstance(error, NoWorker) and error.lost_s < self._patience.wait_s:
+            return True
         if isinstance(error, NoWorker | Overloaded):
             return self._begun
         return isinstance(error, Unavailable | DeadlineExceeded)

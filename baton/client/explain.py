@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 from baton.errors import BatonError, from_code
 
 DETAILS_KEY = "grpc-status-details-bin"
+RESET = "RST_STREAM"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 MAX_PUSHBACK_DIGITS = 9
 
@@ -27,8 +28,11 @@ def explain(error: Any) -> BatonError:
             key == PUSHBACK_KEY and not told.retry_after_ms and value.isdecimal() and len(value) <= MAX_PUSHBACK_DIGITS
         ):
             told.retry_after_ms = int(value)
+    code = error.code().name
+    if code == "CANCELLED" and RESET in told.message:  # the proxy's word for a router that died in the middle
+        code = "UNAVAILABLE"
     return from_code(
-        error.code().name,
+        code,
         told.message,
         field=told.field,
         retry_after_ms=told.retry_after_ms,

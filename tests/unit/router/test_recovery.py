@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidRequest, Overloaded, Unavailable
 from router.recovery import NO_ROOM_PAUSE_S, PAUSES_S, NoWorker, Patience, Retries
 
 LOST = Unavailable("decode worker lost")
-NOBODY = NoWorker("no decode worker is connected")
+NOBODY = NoWorker("no decode worker is connected", lost_s=math.inf)
 
 
 def retries(count: int = 3, wait_s: float = 30.0, deadline_s: float = 1000.0) -> Retries:
@@ -60,3 +62,14 @@ def test_an_expired_lease_is_tried_again_while_the_request_has_time() -> None:
     assert retries(deadline_s=10.0).after(DeadlineExceeded("lease"), progress=False, now_s=1.0) == 0.0
     with pytest.raises(DeadlineExceeded, match="budget_ms"):
         retries(deadline_s=10.0).after(LOST, progress=True, now_s=10.0)
+
+
+def test_a_new_request_waits_for_whoever_replaces_workers_lost_lately() -> None:
+    mine = retries(0, wait_s=5.0)
+    lately = NoWorker("no decode worker is connected", lost_s=1.0)
+    for tenth in range(50):
+        assert mine.after(lately, progress=False, now_s=tenth / 10) == NO_ROOM_PAUSE_S
+    with pytest.raises(NoWorker):
+        mine.after(lately, progress=False, now_s=5.1)
+    with pytest.raises(NoWorker):
+        retries(wait_s=5.0).after(NoWorker("no decode worker is connected", lost_s=6.0), progress=False, now_s=0.0)
