@@ -22,7 +22,7 @@ NOBODY: Mapping[str, str] = MappingProxyType({})
 _about: ContextVar[Mapping[str, str]] = ContextVar("about", default=NOBODY)
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 # Loggers that write a line per request or connection of their own accord, without our ids.
-_CHATTY = ("uvicorn.access", "httpx", "httpcore", "asyncio")
+_CHATTY = ("uvicorn.access", "asyncio")
 
 
 def about(**ids: str) -> None:

@@ -37,7 +37,7 @@ class Observer:
 
     def __init__(self, config: Config, *, router_id: str, tracing: Tracing | None = None) -> None:
         """tracing: None for what the configuration says."""
-        self._model, self._prompts = config.model.id, config.observe.log_prompts
+        self._model, self.log_prompts = config.model.id, config.observe.log_prompts
         classes = config.admission.classes
         self.meters = Meters({name: Objectives(one.ttft_ms / 1e3, one.tpot_ms / 1e3) for name, one in classes.items()})
         self._default_class = config.admission.default_class
@@ -54,7 +54,7 @@ class Observer:
         seen = Seen(self.meters, operation, request.slo_class or self._default_class, arrived_s)
         trace = TRACEPARENT.fullmatch(str(metadata.get("traceparent", "")))
         logs.about(trace_id=trace[1] if trace else "")
-        if self._prompts:
+        if self.log_prompts:
             log.info("asked", extra={"prompt": _prompt(request)})
         try:
             yield seen
