@@ -1,4 +1,4 @@
-"""Clients as users have them, through the real ingress: ours, those of docs/clients.md, and the finer points of gRPC."""
+"""Clients as users have them, through the real ingress: ours, those of docs/clients.md, and gRPC's finer points."""
 
 from __future__ import annotations
 
