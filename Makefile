@@ -32,6 +32,7 @@ check: setup ## format, lint, types, import layers, generated code, GPU kernels
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python deploy/generate.py --check
 	$(BIN)/python -m engine.kernels.aot
 
 test: setup ## every test but the slow ones and those that need a GPU
@@ -56,3 +57,4 @@ bench: setup ## load on a running cluster; BENCH='--rate 2 ...' sets the options
 generate: setup ## rewrite generated stubs and docs
 	$(BIN)/python proto/generate.py
 	$(BIN)/python docs/generate.py
+	$(BIN)/python deploy/generate.py
