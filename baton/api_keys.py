@@ -74,6 +74,10 @@ class ApiKey(Frozen):
     def caller(self) -> Caller:
         return Caller(self.tenant, self.limits, self.operator)
 
+    def limited(self, limits: TenantLimits) -> ApiKey:
+        """The same key with other limits."""
+        return self.model_copy(update=asdict(limits))
+
     @property
     def limits(self) -> TenantLimits:
         return TenantLimits(self.requests_per_minute, self.tokens_per_minute)

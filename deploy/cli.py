@@ -1,4 +1,4 @@
-"""The command line: ``baton up | down | status | doctor | generate | chat | model | config | codec``.
+"""The command line: ``baton up | down | status | doctor | generate | chat | model | config | codec | keys``.
 
 Answers go to standard output, everything about them (progress, ledgers, errors) to standard error. Exit codes: 0 done,
 1 the service failed, 2 the input or the configuration is wrong, 130 interrupted. Ray and torch are imported only by
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from baton.errors import BatonError, ConfigError, InvalidRequest, NotFound, Unavailable
+from baton.errors import BatonError, ConfigError, InvalidRequest, NotFound
 from deploy.codec_cli import codec_app
 from deploy.config_cli import config_app
+from deploy.keys_cli import keys_app
+from deploy.reach import Address, ApiKeyFile, Name, Reach, TlsCa, TlsCert, TlsKey, UseTls
 
 if TYPE_CHECKING:
-    from baton.client import Client
     from baton.config import Config
     from deploy.talk import Answer
 
@@ -39,9 +40,8 @@ model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.add_typer(codec_app, name="codec")
+app.add_typer(keys_app, name="keys")
 
-Name = Annotated[str, typer.Option(help="Name of the local cluster.")]
-Address = Annotated[str | None, typer.Option(help="host:port of a gRPC endpoint, instead of a local cluster's.")]
 RayAddress = Annotated[str | None, typer.Option("--address", help="host:port of a Ray that runs already, or auto.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; see docs/config.md.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
@@ -86,12 +86,13 @@ def up(
 
         existing.up(settings, address, progress=_note)
         host = settings.ingress.host
-        print(f"gRPC  {host}:{settings.ingress.grpc_port}\nHTTP  http://{host}:{settings.ingress.http_port}/v1")
+        http = f"{_scheme(settings)}://{host}:{settings.ingress.http_port}/v1"
+        print(f"gRPC  {host}:{settings.ingress.grpc_port}\nHTTP  {http}")
         return
     from deploy import local
 
     endpoints = local.up(settings, progress=_note)
-    print(f"gRPC  {endpoints.grpc}\nHTTP  http://{endpoints.http}/v1\nlogs  {endpoints.log_dir}")
+    print(f"gRPC  {endpoints.grpc}\nHTTP  {_scheme(settings)}://{endpoints.http}/v1\nlogs  {endpoints.log_dir}")
 
 
 @app.command()
@@ -104,11 +105,20 @@ def down(name: Name = "baton", address: RayAddress = None) -> None:
 
 
 @app.command()
-def status(name: Name = "baton", address: Address = None) -> None:
+def status(
+    *,
+    name: Name = "baton",
+    address: Address = None,
+    api_key_file: ApiKeyFile = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
     """Show pools, workers, what they hold, and the transport."""
     from deploy import draw
 
-    with _client(name, address) as client:
+    with Reach(name, address, api_key_file, tls_ca, tls_cert, tls_key, tls).client() as client:
         Console().print(draw.status(client.status()))
 
 
@@ -119,6 +129,11 @@ def doctor(
     address: Annotated[str | None, typer.Option(help="host:port of a gRPC endpoint: examine its cluster.")] = None,
     config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    api_key_file: ApiKeyFile = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """Find out what is wrong here or with a running cluster, and what mends it. Exit code 1: something is wrong."""
     from deploy.doctor import examine, findings, show
@@ -127,7 +142,8 @@ def doctor(
         if name is None and address is None:
             source = examine.machine(config)
         else:
-            source = examine.running(name or "baton", address, config)
+            reach = Reach(name or "baton", address, api_key_file, tls_ca, tls_cert, tls_key, tls)
+            source = examine.running(reach, config)
         found = list(source if as_json else show.stream(source, Console(highlight=False)))
     except BatonError as error:
         _note(f"error: {error}")
@@ -151,6 +167,11 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")] = False,
     system: System = None,
     timeout: Timeout = 600.0,
+    api_key_file: ApiKeyFile = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """Stream one answer, then draw where its time went."""
     from baton.client import Options
@@ -166,7 +187,7 @@ def generate(
         codec=codec,
         timeout_s=timeout,
     )
-    with _client(name, address) as client:
+    with Reach(name, address, api_key_file, tls_ca, tls_cert, tls_key, tls).client() as client:
         if raw:
             parts = client.stream(text, **options)
         else:
@@ -186,6 +207,11 @@ def chat(
     codec: Codec = None,
     system: System = None,
     timeout: Timeout = 600.0,
+    api_key_file: ApiKeyFile = None,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """Talk with the model; an empty line or Ctrl-D ends, Ctrl-C stops an answer."""
     from baton.client import Options
@@ -195,7 +221,7 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, codec=codec, timeout_s=timeout
     )
     turns = talk.opening(system)
-    with _client(name, address) as client:
+    with Reach(name, address, api_key_file, tls_ca, tls_cert, tls_key, tls).client() as client:
         while text := _ask():
             try:
                 answer = talk.stream(client.stream_chat([*turns, ("user", text)], **options), sys.stdout)
@@ -251,17 +277,8 @@ def _config(path: Path | None, flags: Mapping[str, object]) -> Config:
     return load(path).with_flags(dict(flags))
 
 
-def _client(name: str, address: str | None) -> Client:
-    from baton.client import Client
-
-    if address is None:
-        from deploy import local
-
-        endpoints = local.endpoints(name)
-        if endpoints is None:
-            raise Unavailable(f"no cluster named {name} is running; start it with `baton up`, or give --address")
-        address = endpoints.grpc
-    return Client(address)
+def _scheme(config: Config) -> str:
+    return "https" if config.ingress.tls.on else "http"
 
 
 def _show(answer: Answer) -> None:

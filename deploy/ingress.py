@@ -1,10 +1,10 @@
 """The front's own defences: Ray writes HAProxy's configuration, this adds what it lacks before HAProxy starts (ADR 13).
 
 Ray starts the program that ``RAY_SERVE_HAPROXY_BINARY_PATH`` names, at first and at every reload. :func:`install` makes
-that a script which hardens the configuration file in place and then becomes the real HAProxy: there is no further process
-and no further hop. A configuration that does not look as expected is refused, and HAProxy does not start. What is added:
-TLS, mutual TLS, limits of time and number on connections, headers and bodies, and a proof for the routers that a call
-came this way.
+that a script which hardens the configuration file in place and then becomes the real HAProxy: no further process, no
+further hop. A configuration that does not look as expected is refused, and HAProxy does not start. What is added: TLS,
+mutual TLS, limits of time and number on connections, headers and bodies, and a proof for routers that a call came this
+way.
 """
 
 from __future__ import annotations

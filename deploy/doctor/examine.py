@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from baton import host
-from baton.client import Client
 from baton.config import Config, load
 from baton.config_security import SecurityConfig
-from baton.errors import BatonError, ConfigError, Unavailable
+from baton.errors import BatonError, ConfigError
 from baton.secure import ClusterKey, load_key
 from baton.wire import inference_pb2 as pb
 from deploy import local
@@ -19,6 +18,7 @@ from deploy.doctor import ask, bare, gather, local_checks, pair_checks
 from deploy.doctor.ask import Place
 from deploy.doctor.facts import ModelFiles, Worker
 from deploy.doctor.findings import Finding, ok, warn
+from deploy.reach import Reach
 
 PAIRS_S = 300.0  # for all pairs of a cluster; those left then are named
 
@@ -69,19 +69,16 @@ def _handoff_here(config: Config, model: ModelFiles) -> Iterator[Finding]:
         yield local_checks.no_worker(config.handoff, error)
 
 
-def running(name: str, address: str | None, path: Path | None) -> Iterator[Finding]:
-    """The local cluster called ``name`` or the one behind ``address``; ``path``: the configuration it should have.
+def running(reach: Reach, path: Path | None) -> Iterator[Finding]:
+    """The cluster that ``reach`` leads to; ``path``: the configuration it should have.
 
     Raises :class:`Unavailable` when there is no such cluster or it does not answer.
     """
-    if address is None:
-        endpoints = local.endpoints(name)
-        if endpoints is None:
-            raise Unavailable(f"no cluster named {name} is running; start it with `baton up`, or give --address")
-        address, path = endpoints.grpc, path or Path(endpoints.log_dir) / "config.yaml"
+    if reach.address is None and path is None and (endpoints := local.endpoints(reach.name)) is not None:
+        path = Path(endpoints.log_dir) / "config.yaml"
     config = None if path is None else load(path)
     key = load_key(config.security if config is not None else SecurityConfig())
-    with Client(address) as client:
+    with reach.client() as client:
         status = client.status()
     yield from cluster(status, config, key)
 
