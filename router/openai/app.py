@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 DONE = "data: [DONE]\n\n"
 EVENT_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 STALL_S = 60.0  # a client that reads nothing for so long is taken for gone
+MALFORMED = "malformed"  # reason of bodies that are no request of the contract
 INTERNAL_MESSAGE = "internal error; the router's log has the details"
 
 Handler = Callable[..., Awaitable[ASGIApp]]  # of the request and its body, a model of ``requests`` or None
@@ -80,8 +81,14 @@ def build(service: InferenceService) -> Starlette:
             *(("GET", *get, None) for get in gets),
         )
     ]
+
+    def refused(request: Request, error: Exception) -> Response:
+        if isinstance(error, HttpError) and not error.parsed:
+            service.observer.meters.rejected(MALFORMED)
+        return _refused(request, error)
+
     app = Starlette(
-        routes=routes, exception_handlers={HTTPException: _no_such_route, HttpError: _refused, Exception: _broken}
+        routes=routes, exception_handlers={HTTPException: _no_such_route, HttpError: refused, Exception: _broken}
     )
     app.router.redirect_slashes = False
     return app

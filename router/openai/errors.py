@@ -43,6 +43,7 @@ class HttpError(Exception):
         super().__init__(message)
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
         self.headers = headers or {}
+        self.parsed = False  # whether it was a request of the contract, which the service has counted
 
     @property
     def body(self) -> str:
@@ -62,7 +63,9 @@ def of(error: BatonError, renamed: Mapping[str, str]) -> HttpError:
         }
     message = f"{param}: {error.message}" if param else error.message
     code = error.reason if error.reason in OPENAI_CODES else code
-    return HttpError(status, message, kind=kind, param=param, code=code, headers=headers)
+    made = HttpError(status, message, kind=kind, param=param, code=code, headers=headers)
+    made.parsed = True
+    return made
 
 
 def _param(path: str, renamed: Mapping[str, str]) -> str | None:

@@ -81,6 +81,7 @@ def test_a_request_moves_every_meter(http: httpx2.Client) -> None:
     for _ in range(2):
         assert complete(http, prompt=prompt).status_code == 200
     assert complete(http, temperature=9).status_code == 400
+    assert complete(http, max_tokens=10**6).status_code == 400
     after = sampled(http)
 
     def grown(name: str, **labels: str) -> float:
@@ -100,7 +101,8 @@ def test_a_request_moves_every_meter(http: httpx2.Client) -> None:
     assert grown("baton_handoff_bytes_total") > 0
     assert grown("baton_handoff_codec_tokens_total", codec="lossless") > 0
     assert 0 <= grown("baton_handoff_exposed_seconds_total") <= grown("baton_handoff_busy_seconds_total")
-    assert grown("baton_router_rejections_total", reason="invalid_argument") == 1
+    assert grown("baton_router_rejections_total", reason="malformed") == 1
+    assert grown("baton_router_rejections_total", reason="context_length_exceeded") == 1
     assert grown("baton_slo_requests_total") == grown("baton_slo_kept_total") == 2
 
 
