@@ -145,6 +145,8 @@ class _WorkerReplica:
         context = serve.get_replica_context()
         self._drain_s = getattr(config, self._role).drain_s
         self._host = config.worker_host or ray.util.get_node_ip_address()
+        if self._host.startswith("127."):  # UCX listens on every network otherwise, to anybody (docs/security.md)
+            os.environ.setdefault("UCX_NET_DEVICES", "lo")
         pool: PoolConfig = getattr(config, self._role)
         self._max_running = pool.max_running
         # Before the model's threads and ranks start: they stay where their process is.

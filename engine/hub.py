@@ -23,7 +23,7 @@ Progress = Callable[[str, float], None]
 
 DOWNLOAD_S = 1800.0
 POLL_S = 0.2
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)  # no part of it leads anywhere as a path
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 HUB_LEFT_OUT = ["*/*", "consolidated*"]  # folders of other formats, and Mistral's second copy of the weights
 

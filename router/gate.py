@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from baton.api_keys import ANYBODY, MAX_FILE_BYTES, Caller, Keyring, TenantLimits
+from baton.api_keys import ANYBODY, MAX_FILE_BYTES, Caller, Keyring
 from baton.config import Config
 from baton.errors import ConfigError, Forbidden, Unauthenticated
 from baton.secure import ClusterKey
@@ -37,7 +37,6 @@ class Gate:
         self._path = Path(path).expanduser() if path else None
         self._passage = front_token(key) if config.ingress.tls.on and key is not None else ""
         self._keyring, self._version = Keyring(), (0, 0, 0)
-        self.tenants: dict[str, TenantLimits] = {}  # always those of the keys in force: for ``router.limits``
         if self._path is not None:
             self._read(self._path)
         self._looked_at_s, self._logged_at_s = time.monotonic(), -LOG_S
@@ -79,8 +78,6 @@ class Gate:
     def _read(self, path: Path) -> None:
         version = _version(path)  # of before it is read: a change meanwhile is noticed the next time
         self._keyring, self._version = read_keys(path), version
-        self.tenants.clear()
-        self.tenants.update(self._keyring.tenants)
         log.info("%s: %d API keys", path, len(self._keyring.keys))
 
     def _refusal(self, why: str) -> Unauthenticated:
