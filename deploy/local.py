@@ -47,9 +47,10 @@ def root() -> Path:
     return Path(os.environ.get("BATON_HOME", "~/.baton")).expanduser() / "clusters"
 
 
-def up(config: Config, *, progress: Progress) -> Endpoints:
+def up(config: Config, *, progress: Progress, supervisor: str = "deploy.supervisor") -> Endpoints:
     """Starts the cluster and returns when it can serve. Raises ConfigError when it runs already, Unavailable when the
-    start failed or took longer than ``READY_TIMEOUT_S``; nothing is left running then.
+    start failed or took longer than ``READY_TIMEOUT_S``; nothing is left running then. ``supervisor``: the module that
+    runs it.
     """
     keys = config.security.api_keys_file  # its readers have other working directories
     config = config.with_flags(
@@ -70,7 +71,7 @@ def up(config: Config, *, progress: Progress) -> Endpoints:
         write_key(folder / KEY_FILE)
         config = config.with_flags({"security.cluster_key_file": str((folder / KEY_FILE).absolute())})
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
-    process = _spawn(folder)
+    process = _spawn(folder, supervisor)
     (folder / "pid.json").write_text(json.dumps({"pid": process.pid, "started": process.create_time()}))
     try:
         _wait_ready(process, folder, progress)
@@ -122,13 +123,13 @@ def _remove_scratch(folder: Path) -> None:
         shutil.rmtree((folder / "scratch").read_text(encoding="utf-8"))
 
 
-def _spawn(folder: Path) -> psutil.Process:
+def _spawn(folder: Path, supervisor: str) -> psutil.Process:
     """The supervisor in a session of its own: it outlives the command that started it, and gets no Ctrl-C."""
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         pid = os.posix_spawn(
             sys.executable,
-            [sys.executable, "-m", "deploy.supervisor", str(folder)],
+            [sys.executable, "-m", supervisor, str(folder)],
             os.environ,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

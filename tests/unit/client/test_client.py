@@ -98,9 +98,10 @@ def test_a_busy_server_is_asked_again_when_it_said(server: Any, responses: Any, 
 
 def test_nothing_is_repeated_once_a_token_was_delivered(server: Any, responses: Any) -> None:
     server.service.scripts = [[responses(1, "Hi"), Unavailable("a worker is gone", retry_after_ms=1)]]
-    seen = []
+    seen: list[str] = []
     with Client(server.address) as client, pytest.raises(Unavailable, match="a worker is gone"):
         seen.extend(part.text for part in client.stream("x"))
+    assert seen == ["Hi"]
     assert len(server.service.requests) == 1
 
 
@@ -165,7 +166,7 @@ def test_what_cannot_be_sent_is_named(server: Any, call: Callable[[Client], Any]
 
 def test_a_misspelt_option_is_a_type_error(server: Any) -> None:
     with Client(server.address) as client, pytest.raises(TypeError, match="max_token"):
-        client.generate("x", **{"max_token": 3})
+        client.generate("x", max_token=3)  # type: ignore[call-arg]
 
 
 def test_every_option_is_a_field_of_the_contract() -> None:
