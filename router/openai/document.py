@@ -15,8 +15,10 @@ from router.openai import answers, requests
 REFS = "#/components/schemas/{model}"
 ERRORS = {
     400: "The named field is wrong.",
+    401: "An API key is needed, or this is not one.",
     404: "No such model or path.",
     405: "The path has no such method.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "Too much is waiting; Retry-After says when to come back.",
@@ -24,6 +26,7 @@ ERRORS = {
     503: "A worker is gone or not there yet; safe to retry.",
     504: "The request's time is used up.",
 }
+FORBIDDEN = {403: "This needs an operator's API key."}
 TAKES: tuple[type[BaseModel], ...] = (
     requests.ChatRequest,
     requests.CompletionRequest,
@@ -72,7 +75,7 @@ def _paths() -> dict[str, Any]:
     return {
         "/v1/chat/completions": _post("chat", "Answers a conversation.", requests.ChatRequest, chat),
         "/v1/completions": _post("completions", "Continues a prompt.", requests.CompletionRequest, completion),
-        "/v1/embeddings": {"post": _operation("embeddings", "Refused: no embeddings are served.", {}, (400,))},
+        "/v1/embeddings": {"post": _operation("embeddings", "Refused: no embeddings are served.", {}, (400, 401))},
         "/v1/models": _get("models", "The served models.", _json(answers.ModelList), ()),
         "/v1/models/{model}": {
             **_get("model", "One served model.", _json(answers.Model), (404,)),
@@ -90,7 +93,7 @@ def _paths() -> dict[str, Any]:
                 },
             }
         },
-        "/metrics": _get("metrics", "Prometheus's text format.", {"text/plain": {"schema": {"type": "string"}}}, ()),
+        "/metrics": _get("metrics", "Prometheus's text format.", {"text/plain": {"schema": {"type": "string"}}}, (403,)),
         "/openapi.json": _get("openapi", "This document.", {"application/json": {"schema": {"type": "object"}}}, ()),
     }
 
@@ -102,13 +105,13 @@ def _post(name: str, summary: str, takes: type[BaseModel], gives: dict[str, Any]
 
 
 def _get(name: str, summary: str, gives: dict[str, Any], errors: tuple[int, ...]) -> dict[str, Any]:
-    return {"get": _operation(name, summary, gives, (*errors, 405, 500))}
+    return {"get": _operation(name, summary, gives, (401, *errors, 405, 500))}
 
 
 def _operation(name: str, summary: str, gives: dict[str, Any], errors: tuple[int, ...]) -> dict[str, Any]:
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": gives}} if gives else {}
     for status in errors:
-        responses[str(status)] = {"description": ERRORS[status], "content": _json(answers.Error)}
+        responses[str(status)] = {"description": (ERRORS | FORBIDDEN)[status], "content": _json(answers.Error)}
     return {"operationId": name, "summary": summary, "responses": responses}
 
 
