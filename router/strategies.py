@@ -109,7 +109,7 @@ def prefix_affinity(workers: Sequence[WorkerView], prompt: Prompt, factor: float
 
     Then the prompt goes where that is least, which thereby comes to hold the prefix as well: hot prefixes spread
     instead of drowning their worker, as in Mooncake's Conductor (arXiv 2407.00079), and the others stay where they are,
-    which leaves room in every cache (ADR 18).
+    which leaves room in every cache (ADR 19).
     """
     predicted = predicted_s(workers, prompt)
     least = least_ttft(workers, prompt)
