@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 
 from baton.wire import inference_pb2 as pb
 from baton.wire import inference_pb2_grpc
@@ -104,7 +105,7 @@ async def _one(stub: Any, index: int, ask: Ask, start_s: float, timeout_s: float
     now = asyncio.get_running_loop().time
     planned, times = ask.planned, list[float]()
     sent_s = now() - start_s
-    status, message, ledger = OK, "", pb.StageLedger()
+    status, message, reason, ledger = OK, "", "", pb.StageLedger()
     call = stub.Generate(ask.request, timeout=timeout_s)
     try:
         async for response in call:
@@ -112,10 +113,11 @@ async def _one(stub: Any, index: int, ask: Ask, start_s: float, timeout_s: float
             if response.finish_reason:
                 ledger = response.ledger
     except grpc.aio.AioRpcError as error:
-        status, message = error.code().name, error.details() or ""
+        status, message, reason = error.code().name, error.details() or "", _reason(error)
     except asyncio.CancelledError:
         status = CUT_OFF
     finally:
+        ended_s = now() - start_s
         call.cancel()
     return Record(
         index=index,
@@ -130,4 +132,17 @@ async def _one(stub: Any, index: int, ask: Ask, start_s: float, timeout_s: float
         transfer_busy_s=ledger.transfer_busy_s,
         transfer_exposed_s=ledger.transfer_exposed_s,
         transfer_bytes=ledger.transfer_bytes,
+        ended_s=ended_s,
+        reason=reason,
     )
+
+
+def _reason(error: grpc.aio.AioRpcError) -> str:
+    """What the service says was the reason; empty where it says none."""
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            for detail in status_pb2.Status.FromString(value).details:
+                info = error_details_pb2.ErrorInfo()
+                if detail.Unpack(info):
+                    return str(info.reason)
+    return ""

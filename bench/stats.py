@@ -38,6 +38,8 @@ class Record:
     transfer_busy_s: float = 0.0
     transfer_exposed_s: float = 0.0
     transfer_bytes: int = 0
+    ended_s: float = 0.0  # counted like due_s
+    reason: str = ""  # of google.rpc.ErrorInfo, of one that was refused
 
     @property
     def ok(self) -> bool:

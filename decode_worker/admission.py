@@ -1,10 +1,15 @@
-"""The line in front of a decode worker's pages: highest priority first, then first come; bounded."""
+"""The line in front of a decode worker's pages: first come, a level of priority counting as time; bounded.
+
+Waiting ages: who has waited ``aging_s`` longer stands before one whose priority is a level higher. The order of two is
+the same whenever it is asked for, so the line needs no sorting anew.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import bisect
 import itertools
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -19,9 +24,9 @@ RETRY_AFTER_MS = 1000  # hint to clients when even the line is full: about one s
 class Admission:
     """Lets requests try for room one at a time, in order, and again whenever something was freed."""
 
-    def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
-        self._line: list[tuple[int, int]] = []  # (-priority, arrival), sorted
+    def __init__(self, max_waiting: int, *, aging_s: float) -> None:
+        self._max_waiting, self._aging_s = max_waiting, aging_s
+        self._line: list[tuple[float, int]] = []  # (arrival in seconds less priority in seconds, arrival), sorted
         self._arrivals = itertools.count()
         self._changed = asyncio.Event()
 
@@ -35,7 +40,7 @@ class Admission:
         """
         if len(self._line) >= self._max_waiting:
             raise Overloaded(f"{len(self._line)} requests wait for KV pages already", retry_after_ms=RETRY_AFTER_MS)
-        place = (-work.priority, next(self._arrivals))
+        place = (time.monotonic() - work.priority * self._aging_s, next(self._arrivals))
         bisect.insort(self._line, place)
         try:
             while True:

@@ -86,7 +86,7 @@ class DecodeWorker:
             own=self._receiver,
             key=guard.key,
         )
-        self._admission = Admission(config.decode.max_waiting)
+        self._admission = Admission(config.decode.max_waiting, aging_s=config.admission.aging_s)
 
     @property
     def port(self) -> int:

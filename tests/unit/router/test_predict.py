@@ -8,7 +8,19 @@ import pytest
 
 from baton.messages import Load
 from router.policy import WorkerView
-from router.predict import FADE_S, KEPT, MOST, Factor, Learned, Mean, Outlook, Timeline, outlook
+from router.predict import (
+    FADE_S,
+    KEPT,
+    MOST,
+    MOST_FIRST_S,
+    Factor,
+    Learned,
+    Learner,
+    Mean,
+    Outlook,
+    Timeline,
+    outlook,
+)
 
 
 def view(name: str = "w", unseen: int = 0, **held: float) -> WorkerView:
@@ -126,3 +138,23 @@ def test_a_mean_begins_with_its_first() -> None:
     assert mean.value == 2.0
     mean.observe(3.0)
     assert mean.value == pytest.approx(2.1)
+
+
+def test_what_requests_saw_is_gathered() -> None:
+    learner = Learner()
+    assert learner.at(0.0) == Learned()
+    learner.first_token(0.0, 5.0, 1.0)  # nothing was promised
+    learner.pace(0.0, 5.0, 1.0)
+    assert learner.at(1.0) == Learned()
+    learner.first_token(1.0, 2.0, 1.0)
+    learner.pace(1.0, 0.5, 1.0)
+    learner.unhindered(0.1, 0.3)
+    learner.left(4.0)
+    learned = learner.at(1.0)
+    assert learned.ttft_factor > 1.0 > learned.tpot_factor
+    assert (learned.first_s, learned.seat_s) == (pytest.approx(0.2), 4.0)
+    learner.unhindered(0.5, 0.4)  # cached more than was known: costs nothing
+    assert learner.at(1.0).first_s == pytest.approx(0.18)
+    outlier = Learner()
+    outlier.unhindered(0.0, 99.0)
+    assert outlier.at(0.0).first_s == MOST_FIRST_S

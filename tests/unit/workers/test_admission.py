@@ -31,13 +31,13 @@ class Room:
 
 
 async def test_room_at_once() -> None:
-    admission, room = Admission(2), Room(1)
+    admission, room = Admission(2, aging_s=60.0), Room(1)
     assert await admission.admit(work("a"), lambda: room.take("a")) == "a"
     assert len(admission) == 0
 
 
 async def test_waits_in_order_of_priority_then_arrival() -> None:
-    admission, room = Admission(8), Room(0)
+    admission, room = Admission(8, aging_s=60.0), Room(0)
     waiting = [
         asyncio.create_task(admission.admit(work(name, priority), lambda name=name: room.take(name)))  # type: ignore[misc]
         for name, priority in [("first", 0), ("second", 0), ("urgent", 5)]
@@ -52,8 +52,22 @@ async def test_waits_in_order_of_priority_then_arrival() -> None:
     assert room.taken == ["urgent", "first", "second"]
 
 
+async def test_who_has_waited_long_enough_goes_before_a_higher_priority() -> None:
+    admission, room = Admission(8, aging_s=0.01), Room(0)
+    waiting = []
+    for name, priority in [("old", 0), ("urgent", 2)]:
+        waiting.append(asyncio.create_task(admission.admit(work(name, priority), lambda name=name: room.take(name))))  # type: ignore[misc]
+        await asyncio.sleep(0.05)
+    for _ in waiting:
+        room.units += 1
+        admission.freed()
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*waiting)
+    assert room.taken == ["old", "urgent"]
+
+
 async def test_a_full_line_refuses_at_once_with_a_hint() -> None:
-    admission, room = Admission(1), Room(0)
+    admission, room = Admission(1, aging_s=60.0), Room(0)
     waiting = asyncio.create_task(admission.admit(work("a"), lambda: room.take("a")))
     await asyncio.sleep(0.01)
     with pytest.raises(Overloaded) as refused:
@@ -65,7 +79,7 @@ async def test_a_full_line_refuses_at_once_with_a_hint() -> None:
 
 
 async def test_a_cancelled_head_lets_the_next_try() -> None:
-    admission, room = Admission(8), Room(0)
+    admission, room = Admission(8, aging_s=60.0), Room(0)
     head = asyncio.create_task(admission.admit(work("head"), lambda: room.take("head")))
     await asyncio.sleep(0.01)
     follower = asyncio.create_task(admission.admit(work("next"), lambda: room.take("next")))
