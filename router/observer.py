@@ -146,6 +146,8 @@ class Seen:
 
 
 def _reason(error: BatonError) -> str:
+    if isinstance(error, Overloaded):
+        return error.reason or "worker"
     return error.reason or error.code.lower()
 
 
