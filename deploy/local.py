@@ -125,6 +125,9 @@ def _remove_scratch(folder: Path) -> None:
 
 def _spawn(folder: Path, supervisor: str) -> psutil.Process:
     """The supervisor in a session of its own: it outlives the command that started it, and gets no Ctrl-C."""
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        with contextlib.suppress(OSError):  # the one that read the list is closed by now
+            os.set_inheritable(descriptor, descriptor <= 2)  # a lock of the shell's must not live as long as a cluster
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         pid = os.posix_spawn(
