@@ -33,6 +33,7 @@ check: setup ## format, lint, types, import layers, generated code, GPU kernels
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python deploy/generate.py --check
+	$(BIN)/python -m deploy.monitoring --check
 	$(BIN)/python -m engine.kernels.aot
 
 test: setup ## every test but the slow ones and those that need a GPU
@@ -58,3 +59,4 @@ generate: setup ## rewrite generated stubs and docs
 	$(BIN)/python proto/generate.py
 	$(BIN)/python docs/generate.py
 	$(BIN)/python deploy/generate.py
+	$(BIN)/python -m deploy.monitoring

@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """Runs requests over the connected workers. ``retried`` is told of every failure that is tried again."""
+    """Runs requests over the connected workers. ``retried`` is told the reason of every failure that is tried again."""
 
     def __init__(
-        self, choice: Choice, patience: Patience, *, retried: Callable[[BatonError], None] = lambda error: None
+        self, choice: Choice, patience: Patience, *, retried: Callable[[str], None] = lambda reason: None
     ) -> None:
         self._choice, self._patience, self._retried = choice, patience, retried
 
@@ -48,7 +48,7 @@ class Dispatcher:
             except BatonError as error:
                 pause_s = retries.after(error, progress=attempt.progressed, now_s=time.monotonic())
                 log.warning("request %s: %s; tried again after %d tokens", run.work.request_id, error, len(run.sent))
-                self._retried(error)
+                self._retried(attempt.blame(error))
             finally:
                 run.ended(attempt)
             run.lost(attempt, pause_s)

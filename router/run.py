@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from baton import ledger
-from baton.errors import DeadlineExceeded
+from baton.errors import BatonError, DeadlineExceeded
 from baton.messages import Report
 from baton.request import TokenEvent, Work
 from router.peers import Peer, Role
@@ -146,6 +146,11 @@ class Attempt:
         self.by_role[peer.address.role] = peer.address.worker_id
         with peer.attached(self.work.request_id, self._sink, len(self.work.known), computes=computes):
             yield
+
+    def blame(self, error: BatonError) -> str:
+        """The reason of ``error`` for the books: whose part it was, and gRPC's code, such as "decode_unavailable"."""
+        roles = [role for role, worker in self.by_role.items() if worker in self.failed]
+        return f"{roles[0] if roles else 'nobody'}_{error.code.lower()}"
 
     def remaining(self) -> Work:
         """The work with the time that is left now."""

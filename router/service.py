@@ -175,9 +175,9 @@ class InferenceService:
             self._counters.refused += 1
             raise
 
-    def _retried(self, error: BatonError) -> None:
+    def _retried(self, reason: str) -> None:
         self._counters.retried += 1
-        self.observer.meters.retried(error.reason or error.code.lower())
+        self.observer.meters.retried(reason)
 
     @contextlib.contextmanager
     def _counted_in(self, outputs: int) -> Iterator[None]:

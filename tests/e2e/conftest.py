@@ -43,9 +43,12 @@ class Answer:
 class Client:
     """The generated stub, with answers collected."""
 
-    def __init__(self, address: str, http: str, home: Path) -> None:
+    def __init__(self, address: str, http: str, home: Path, credentials: grpc.ChannelCredentials | None = None) -> None:
         self.address, self.http, self.home = address, http, home
-        self.channel = grpc.insecure_channel(address, options=MESSAGE_LIMIT)
+        if credentials is None:
+            self.channel = grpc.insecure_channel(address, options=MESSAGE_LIMIT)
+        else:
+            self.channel = grpc.secure_channel(address, credentials, options=MESSAGE_LIMIT)
         self.stub = inference_pb2_grpc.InferenceStub(self.channel)
 
     def stream(self, **fields: Any) -> Any:
@@ -131,17 +134,17 @@ def start_cluster(
     cache_dir = str(Path("~/.cache/baton").expanduser())
 
     @contextlib.contextmanager
-    def start(name: str, **tree: Any) -> Iterator[Client]:
+    def start(name: str, credentials: grpc.ChannelCredentials | None = None, **tree: Any) -> Iterator[Client]:
         tree["model"] = {"cache_dir": cache_dir, "dtype": "float32"} | tree.get("model", {})
         ports = free_ports(2)
-        tree["ingress"] = {"grpc_port": ports, "http_port": ports + 1}
+        tree["ingress"] = {"grpc_port": ports, "http_port": ports + 1} | tree.get("ingress", {})
         config: Config = parse({"name": name, **tree})
         home = tmp_path_factory.mktemp(name)
         lines: list[str] = []
         with _living_in(home):
             endpoints = local.up(config, progress=lines.append)
         try:
-            client = Client(endpoints.grpc, endpoints.http, home / ".baton")
+            client = Client(endpoints.grpc, endpoints.http, home / ".baton", credentials)
             client.wait_ready(config.prefill.replicas, config.decode.replicas)
             with client.channel:
                 yield client
@@ -179,6 +182,7 @@ def tcp_cluster(start_cluster: Callable[..., contextlib.AbstractContextManager[C
         decode={"page_tokens": 16, "kv_tokens": 8192},
         handoff={"transport": "tcp"},
         router={"local_prefill": False},
+        observe={"log_format": "json", "log_level": "debug"},
     ) as client:
         yield client
 
