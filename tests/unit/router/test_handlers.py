@@ -46,16 +46,20 @@ class Counter:
 
     def __init__(self, port: int) -> None:
         self._target, self.received = port, 0
+        self.relays = set[asyncio.Task[None] | None]()
 
     async def relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.relays.add(asyncio.current_task())
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer, count=True))
 
     async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, count: bool = False) -> None:
-        while data := await source.read(65536):
-            self.received += len(data) if count else 0
-            sink.write(data)
-        sink.close()
+        try:
+            while data := await source.read(65536):
+                self.received += len(data) if count else 0
+                sink.write(data)
+        finally:
+            sink.close()
 
 
 @dataclass
@@ -78,6 +82,7 @@ async def served() -> AsyncIterator[Served]:
         yield Served(servicer, channel, inference_pb2_grpc.InferenceStub(channel), counter)
     relay.close()
     await server.stop(0)
+    await asyncio.wait([task for task in counter.relays if task is not None], timeout=5)
 
 
 async def two(stub: Any, request: pb.GenerateRequest, **how: Any) -> None:
