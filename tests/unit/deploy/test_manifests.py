@@ -104,7 +104,7 @@ def test_every_serve_yaml_is_what_its_configuration_makes() -> None:
 
 def test_local_ray_cluster_and_kuberay_carry_the_same_application(overlays: dict[str, Docs]) -> None:
     (in_kubernetes,) = yaml.safe_load(ray_service(overlays["gpu"])["spec"]["serveConfigV2"])["applications"]
-    (on_ray,) = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())["applications"]
+    (on_ray,) = yaml.safe_load((ROOT / "deploy/ray/app/serve.yaml").read_text())["applications"]
     local = application(load(KUBERAY / "overlays/gpu/baton.yaml"))  # what `baton up --config` gives Serve
     assert in_kubernetes == on_ray == local
 
