@@ -79,10 +79,10 @@ CASES = {
         {"code": "UNAVAILABLE"},
     ),
     "BatonRetrying": Case(
-        {'baton_router_retries_total{reason="unavailable"}': rises(3)},
-        {'baton_router_retries_total{reason="unavailable"}': rises(1)},
-        "Requests are tried again because of unavailable",
-        {"reason": "unavailable"},
+        {'baton_router_retries_total{reason="decode_unavailable"}': rises(3)},
+        {'baton_router_retries_total{reason="decode_unavailable"}': rises(1)},
+        "Requests are tried again because of decode_unavailable",
+        {"reason": "decode_unavailable"},
     ),
     "BatonGoodputLow": Case(
         {'baton_slo_kept_total{slo_class="chat"}': rises(8), 'baton_slo_requests_total{slo_class="chat"}': rises(10)},
