@@ -62,6 +62,15 @@ class Dropped:
     retry_after_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A claim that workers have, and when its first token should come."""
+
+    claim: Claim
+    sent_s: float
+    expected_s: float
+
+
 @dataclass(slots=True)
 class Admission:
     """The requests of one router. ``predict``: whether objectives are promised, or only the line's bound refuses."""
@@ -72,7 +81,8 @@ class Admission:
     predict: bool = True
     waiting: list[Claim] = field(default_factory=list)  # by rank
     _begun: dict[int, Claim] = field(default_factory=dict)  # sent to workers; by number
-    _unanswered: set[int] = field(default_factory=set)  # of these, without a first token yet
+    _unanswered: dict[int, _Sent] = field(default_factory=dict)  # of these, without a first token yet; oldest first
+    _answered_s: float = -math.inf  # when the last first token came
 
     # ---- the life of a claim
 
@@ -80,16 +90,16 @@ class Admission:
         """Lets ``claim`` into the line, or drops it at once; others that it displaces are dropped too."""
         if len(self.waiting) >= self.max_waiting:
             message = f"{len(self.waiting)} requests are waiting already"
-            return [Dropped(claim, "line_full", message, _retry_s(self._drain_s(outlook)))]
+            return [Dropped(claim, "line_full", message, _retry_s(self._drain_s(outlook, now_s)))]
         line = list(self.waiting)
         line.insert(self._place(claim), claim)
-        seen = self._seen(outlook)
+        seen = self._seen(outlook, now_s)
         trusted = self.predict and bool(self.waiting or not seen.idle)
         if trusted and (alone_s := seen.tpot_alone_s) > claim.tpot_s:
             message = (
                 f"a token is expected every {_ms(alone_s)}, class {claim.slo_class!r} promises {_ms(claim.tpot_s)}"
             )
-            return [Dropped(claim, "tpot", message, _retry_s(self._drain_s(outlook)))]
+            return [Dropped(claim, "tpot", message, _retry_s(self._drain_s(outlook, now_s)))]
         victims = self._displaced(line, seen, now_s, claim) if trusted else []
         dropped = [
             self._refusal(one, outlook, now_s) if one is claim else self._shed(one, outlook, now_s) for one in victims
@@ -102,21 +112,22 @@ class Admission:
         if not self.predict or not self.waiting:
             return []
         learned = replace(outlook.learned, ttft_factor=min(1.0, outlook.learned.ttft_factor))
-        victims = self._late(self.waiting, self._seen(replace(outlook, learned=learned)), now_s)
+        victims = self._late(self.waiting, self._seen(replace(outlook, learned=learned), now_s), now_s)
         self.waiting = _without(self.waiting, victims)
         return [self._shed(claim, outlook, now_s) for claim in victims]
 
-    def take(self, outlook: Outlook) -> Claim | None:
+    def take(self, outlook: Outlook, now_s: float) -> Claim | None:
         """The next one to go to the workers; None while they have enough to do, or nobody waits."""
         if not self.waiting:
             return None
-        outlook, claim = self._seen(outlook), self.waiting[0]
+        outlook, claim = self._seen(outlook, now_s), self.waiting[0]
         if not outlook.idle:
             free, total = outlook.seats(self._limit_s(claim))
             if outlook.backlog_s > self.lead_s or free < min(claim.sequences, total):
                 return None
         self._begun[claim.number] = self.waiting.pop(0)
-        self._unanswered.add(claim.number)
+        expected_s = Timeline(outlook).first_token_s(claim.prompt_tokens, claim.sequences, math.inf)
+        self._unanswered[claim.number] = _Sent(claim, now_s, now_s + (expected_s or math.inf))
         return claim
 
     @property
@@ -124,21 +135,22 @@ class Admission:
         """Requests that were sent to workers and have no token yet."""
         return len(self._unanswered)
 
-    def first(self, claim: Claim) -> None:
+    def first(self, claim: Claim, now_s: float) -> None:
         """Its first token is there."""
-        self._unanswered.discard(claim.number)
+        self._unanswered.pop(claim.number, None)
+        self._answered_s = now_s
 
     def leave(self, claim: Claim) -> None:
         """It ended, or its client left; wherever it was."""
         self._begun.pop(claim.number, None)
-        self._unanswered.discard(claim.number)
+        self._unanswered.pop(claim.number, None)
         self.waiting = _without(self.waiting, [claim])
 
     # ---- predictions
 
-    def ttft_s(self, claim: Claim, outlook: Outlook) -> float:
+    def ttft_s(self, claim: Claim, outlook: Outlook, now_s: float) -> float:
         """Of one that waits, or would; from now. 0 while nothing was measured."""
-        line = Timeline(self._seen(outlook))
+        line = Timeline(self._seen(outlook, now_s))
         for one in self.waiting[: self._place(claim)]:
             line.place(one.prompt_tokens, one.sequences)
         return line.first_token_s(claim.prompt_tokens, claim.sequences, self._limit_s(claim))
@@ -173,11 +185,22 @@ class Admission:
         limit_s = min(claim.tpot_s, strictest_s)
         return now_s + times.first_token_s(claim.prompt_tokens, claim.sequences, limit_s) > claim.due_s
 
-    def _seen(self, outlook: Outlook) -> Outlook:
-        """``outlook`` with what was sent from here."""
-        tokens = sum(self._begun[number].prompt_tokens for number in self._unanswered)
-        sequences = sum(claim.sequences for claim in self._begun.values())
-        return replace(outlook, own_tokens=tokens, own_sequences=sequences)
+    def _seen(self, outlook: Outlook, now_s: float) -> Outlook:
+        """``outlook`` with what was sent from here, what became of it since, and for how long nothing has come back."""
+        sent = list(self._unanswered.values())
+        progress_s = stalled_s = 0.0
+        if sent:
+            oldest = sent[0]
+            since_s = max(0.0, now_s - max(self._answered_s, oldest.sent_s))
+            progress_s = min(since_s, oldest.claim.prompt_tokens * outlook.token_s)
+            stalled_s = max(0.0, now_s - max(self._answered_s, min(one.expected_s for one in sent)))
+        return replace(
+            outlook,
+            own_tokens=sum(one.claim.prompt_tokens for one in sent),
+            own_sequences=sum(claim.sequences for claim in self._begun.values()),
+            progress_s=progress_s,
+            stalled_s=stalled_s,
+        )
 
     @property
     def _strictest_s(self) -> float:
@@ -198,13 +221,13 @@ class Admission:
     def _refusal(self, claim: Claim, outlook: Outlook, now_s: float) -> Dropped:
         """Why the newcomer cannot be served in time, or not without making others late. What comes too late by so many
         seconds is worth another try when as much of the backlog is gone."""
-        seen_s, left_s = self.ttft_s(claim, outlook), claim.due_s - now_s
-        seat_s = Timeline(self._seen(outlook)).seat_s(claim.sequences, self._limit_s(claim))
+        seen_s, left_s = self.ttft_s(claim, outlook, now_s), claim.due_s - now_s
+        seat_s = Timeline(self._seen(outlook, now_s)).seat_s(claim.sequences, self._limit_s(claim))
         named, retry_s = f"class {claim.slo_class!r}", _retry_s(seen_s - left_s)
         expected = f"the first token is expected in {_ms(seen_s)}"
         if seen_s <= left_s:
             message = f"to serve {named} in time would make another request late"
-            return Dropped(claim, "ttft", message, _retry_s(self._drain_s(outlook)))
+            return Dropped(claim, "ttft", message, _retry_s(self._drain_s(outlook, now_s)))
         if claim.deadline_s < claim.arrived_s + claim.ttft_s:
             return Dropped(claim, "deadline", f"{expected}, the deadline is in {_ms(left_s)}", retry_s)
         if seat_s > left_s:
@@ -214,11 +237,11 @@ class Admission:
 
     def _shed(self, claim: Claim, outlook: Outlook, now_s: float) -> Dropped:
         message = f"waited {_ms(now_s - claim.arrived_s)}; class {claim.slo_class!r} cannot be kept any more"
-        return Dropped(claim, "shed", message, _retry_s(self._drain_s(outlook)))
+        return Dropped(claim, "shed", message, _retry_s(self._drain_s(outlook, now_s)))
 
-    def _drain_s(self, outlook: Outlook) -> float:
+    def _drain_s(self, outlook: Outlook, now_s: float) -> float:
         """Until the line of now is gone."""
-        line = Timeline(self._seen(outlook))
+        line = Timeline(self._seen(outlook, now_s))
         for claim in self.waiting:
             line.place(claim.prompt_tokens, claim.sequences)
         return line.first_token_s(0, 1, self._strictest_s)

@@ -102,7 +102,7 @@ class Entry:
         if turn.first_s:
             return
         turn.first_s = now_s
-        self._admission.first(turn.claim)
+        self._admission.first(turn.claim, now_s)
         if not turn.overtaken:
             self._learner.first_token(turn.promised_s, now_s - turn.offered_s, now_s)
         if turn.prompt_s:
@@ -120,7 +120,7 @@ class Entry:
     def _offer(self, claim: Claim) -> Turn:
         now_s, seen = time.monotonic(), self._outlook()
         turn = Turn(claim, asyncio.get_running_loop().create_future(), now_s)
-        turn.promised_s = self._admission.ttft_s(claim, seen)
+        turn.promised_s = self._admission.ttft_s(claim, seen, now_s)
         self._turns[claim.number] = turn
         self._drop(self._admission.offer(claim, seen, now_s))
         self._advance()
@@ -150,9 +150,9 @@ class Entry:
 
     def _advance(self) -> None:
         """Sends away whoever came too late, and lets in whoever's turn it is."""
-        seen = self._outlook()
-        self._drop(self._admission.overdue(seen, time.monotonic()))
-        while (claim := self._admission.take(seen)) is not None:
+        seen, now_s = self._outlook(), time.monotonic()
+        self._drop(self._admission.overdue(seen, now_s))
+        while (claim := self._admission.take(seen, now_s)) is not None:
             self._take(self._turns[claim.number], seen)
         if self._admission.waiting and (self._ticker is None or self._ticker.done()):
             self._ticker = asyncio.create_task(self._tick(), name="admission")

@@ -108,6 +108,8 @@ class Outlook:
     learned: Learned = Learned()
     own_tokens: int = 0  # of prompts without a first token yet
     own_sequences: int = 0
+    progress_s: float = 0.0  # for so long somebody must have been computing the oldest of them
+    stalled_s: float = 0.0  # for so long no first token has come that should have
 
     @property
     def idle(self) -> bool:
@@ -116,8 +118,9 @@ class Outlook:
 
     @property
     def backlog_s(self) -> float:
-        """Until a worker has time for another prompt."""
-        return max(self.pushed_s, self.own_tokens * self.token_s)
+        """Until a worker has time for another prompt. A stall is expected to go on for as long as it has lasted."""
+        ahead_s = max(self.pushed_s, self.own_tokens * self.token_s)
+        return max(0.0, ahead_s - self.progress_s) + self.stalled_s
 
     def tpot_s(self, more: int) -> float:
         """Of the best batch with ``more`` sequences in it; 0 while no step was measured."""

@@ -51,7 +51,7 @@ def test_while_nothing_is_measured_everybody_gets_in() -> None:
     line = admission()
     for number in range(8):
         assert not line.offer(claim(number, ttft_s=1e-3, tpot_s=1e-6), UNKNOWN, 0.0)
-    assert line.ttft_s(line.waiting[-1], UNKNOWN) == 0.0
+    assert line.ttft_s(line.waiting[-1], UNKNOWN, 0.0) == 0.0
 
 
 def test_a_prediction_beyond_the_objective_refuses_with_the_time_that_is_lacking() -> None:
@@ -102,12 +102,12 @@ def test_a_pace_that_not_even_a_batch_of_one_has_is_refused() -> None:
 def test_a_newcomer_must_not_spoil_the_pace_of_those_under_way() -> None:
     line = admission()
     line.offer(claim(1, tpot_s=0.03), workers(0.0, running=2), 0.0)
-    assert line.take(workers(0.0, running=2))
+    assert line.take(workers(0.0, running=2), 0.0)
     full = workers(0.0, running=3)
     assert not line.offer(claim(2), full, 0.0)
-    assert line.take(full) is None
+    assert line.take(full, 0.0) is None
     line.leave(claim(1, tpot_s=0.03))
-    assert line.take(full) == claim(2)
+    assert line.take(full, 0.0) == claim(2)
 
 
 def test_a_newcomer_must_not_spoil_the_first_token_of_those_who_wait() -> None:
@@ -167,33 +167,54 @@ def test_workers_get_a_little_ahead_and_the_rest_waits() -> None:
     for number in range(5):
         line.offer(claim(number), workers(0.0), 0.0)
     taken = []
-    while (one := line.take(workers(0.0))) is not None:
+    while (one := line.take(workers(0.0), 0.0)) is not None:
         taken.append(one.number)
     assert taken == [0, 1, 2]  # 0.3 s of prompts; the next one comes when less than 0.25 s are left
-    line.first(claim(0))
-    assert line.take(workers(0.2)) == claim(3)
-    assert line.take(workers(0.3)) is None
+    line.first(claim(0), 0.0)
+    assert line.take(workers(0.2), 0.0) == claim(3)
+    assert line.take(workers(0.3), 0.0) is None
 
 
 def test_nobody_to_take() -> None:
-    assert admission().take(workers()) is None
+    assert admission().take(workers(), 0.0) is None
 
 
 def test_an_idle_service_takes_whoever_is_first_whatever_it_measured() -> None:
     line = admission()
     line.offer(claim(1, sequences=5), workers(), 0.0)
     idle = Outlook((decode_view(step_s=9.0),), token_s=9.0, fastest_s=9.0)
-    assert line.take(idle) == claim(1, sequences=5)
+    assert line.take(idle, 0.0) == claim(1, sequences=5)
 
 
 def test_who_leaves_makes_room_wherever_he_was() -> None:
     line = admission()
     line.offer(claim(1), workers(0.0), 0.0)
     line.offer(claim(2), workers(0.0), 0.0)
-    assert line.take(workers(0.0)) == claim(1)
+    assert line.take(workers(0.0), 0.0) == claim(1)
     line.leave(claim(2))
     line.leave(claim(1))
-    assert (line.waiting, line._begun, line._unanswered) == ([], {}, set())
+    assert (line.waiting, line._begun, line._unanswered) == ([], {}, {})
+
+
+def test_first_tokens_that_do_not_come_hold_the_line_and_count_as_backlog() -> None:
+    line, free = admission(), workers(0.0)
+    for number in range(3):
+        line.offer(claim(number, ttft_s=4.0), free, 0.0)
+    assert line.take(free, 0.0) == claim(0, ttft_s=4.0)  # expected after 0.1 s
+    assert line.take(free, 0.3) == claim(1, ttft_s=4.0)
+    assert line.take(free, 0.6) is None
+    late = claim(3, arrived_s=3.1, ttft_s=3.0)
+    assert reasons(line.offer(late, free, 3.1)) == [(3, "ttft")]  # nothing has come for three seconds
+    line.first(claim(0), 3.1)
+    assert not line.offer(late, free, 3.1)
+    assert line.take(free, 3.2) is not None
+
+
+def test_a_stall_that_cannot_be_measured_is_none() -> None:
+    line = admission()
+    line.offer(claim(1), UNKNOWN, 0.0)
+    assert line.take(UNKNOWN, 0.0)
+    assert line.ttft_s(claim(2), workers(0.0), 100.0) == pytest.approx(0.1)
 
 
 # ---- who is sent away later
@@ -263,7 +284,7 @@ def test_whoever_is_let_in_would_be_in_time_and_the_line_is_in_order(
         assert line.waiting == sorted(line.waiting, key=lambda one: one.rank(line.aging_s))
     line.overdue(outlook, now_s)
     for one in line.waiting:
-        assert now_s + line.ttft_s(one, outlook) <= one.due_s + 1e-9
+        assert now_s + line.ttft_s(one, outlook, now_s) <= one.due_s + 1e-9
 
 
 @given(CLAIMS)
@@ -275,10 +296,10 @@ def test_everybody_who_is_let_in_gets_his_turn(asked: list[tuple[int, float, int
         )
     order = []
     while line.waiting:
-        one = line.take(replace(workers(0.0, running=0), busy=False))
+        one = line.take(replace(workers(0.0, running=0), busy=False), 0.0)
         assert one is not None, "nothing is under way, and still nobody may go"
         order.append(one)
-        line.first(one)
+        line.first(one, 0.0)
         line.leave(one)
     assert order == sorted(order, key=lambda one: one.rank(line.aging_s))
     assert len(order) == len(asked)
