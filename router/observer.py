@@ -67,7 +67,7 @@ class Observer:
             raise
         except BaseException:
             seen.error = "INTERNAL"
-            self.meters.failed(seen.error, seen.slo_class, seen.outputs_asked)
+            self.meters.failed(seen.error, seen.slo_class, seen.outputs_left)
             raise
         finally:
             self._told(seen, request, metadata)
@@ -75,9 +75,9 @@ class Observer:
     def _errored(self, seen: Seen, error: BatonError) -> None:
         if isinstance(error, REJECTIONS):
             overload = isinstance(error, Overloaded)
-            self.meters.rejected(_reason(error), seen.slo_class if overload else "", seen.outputs_asked)
+            self.meters.rejected(_reason(error), seen.slo_class if overload else "", seen.outputs_left)
         else:
-            self.meters.failed(error.code, seen.slo_class, seen.outputs_asked)
+            self.meters.failed(error.code, seen.slo_class, seen.outputs_left)
 
     def _told(self, seen: Seen, request: pb.GenerateRequest, metadata: Metadata) -> None:
         """The line and the spans of a request that is over."""
@@ -114,8 +114,9 @@ class Seen:
         return self.parsed.request_id if self.parsed else ""
 
     @property
-    def outputs_asked(self) -> int:
-        return self.parsed.outputs if self.parsed else 1
+    def outputs_left(self) -> int:
+        """Outputs that were asked for and have not ended."""
+        return (self.parsed.outputs if self.parsed else 1) - sum(bool(output.finish) for output in self.outputs)
 
     def understood(self, parsed: ParsedRequest) -> None:
         self.parsed = parsed
