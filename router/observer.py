@@ -70,7 +70,7 @@ class Observer:
             self.meters.failed(seen.error, seen.slo_class, seen.outputs_left)
             raise
         finally:
-            self._told(seen, request, metadata)
+            self._told(seen, metadata)
 
     def _errored(self, seen: Seen, error: BatonError) -> None:
         if isinstance(error, REJECTIONS):
@@ -79,7 +79,7 @@ class Observer:
         else:
             self.meters.failed(error.code, seen.slo_class, seen.outputs_left)
 
-    def _told(self, seen: Seen, request: pb.GenerateRequest, metadata: Metadata) -> None:
+    def _told(self, seen: Seen, metadata: Metadata) -> None:
         """The line and the spans of a request that is over."""
         story = Story(
             operation=seen.operation,
