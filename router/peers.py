@@ -108,7 +108,12 @@ class Peer:
 
     def watch_cache(self, index: PrefixIndex) -> None:
         """From now on ``index`` knows what the worker's prefix cache holds."""
-        self._cache = CacheWatch(index, self.address.generation, lambda: self._link.send(WatchCache()))
+
+        def ask() -> None:
+            with contextlib.suppress(Unavailable):  # it is gone, as :meth:`listen` learns too
+                self._link.send(WatchCache())
+
+        self._cache = CacheWatch(index, self.address.generation, ask)
         self._cache.begin()
 
     @contextlib.contextmanager

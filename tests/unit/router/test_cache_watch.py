@@ -13,7 +13,7 @@ from baton.frames import FrameStream
 from baton.messages import CacheEvents, Hello, Load
 from baton.plane import PlaneServer
 from router.cache_watch import CacheWatch
-from router.peers import Pools, WorkerAddress
+from router.peers import Peer, Pools, WorkerAddress
 from router.prefix_index import PrefixIndex
 
 
@@ -136,3 +136,12 @@ def test_bits_of_those_who_went_are_used_again(gone: str) -> None:
     index.apply("c", CacheEvents(0, True, (), ()))
     left = ({"a", "b"} - {gone}).pop()
     assert index.match((1,), 0.0) == {left: BLOCK_TOKENS, "c": 0}
+
+
+async def test_a_worker_that_is_gone_before_it_could_be_asked_is_only_lost() -> None:
+    async with worker(BlockJournal()) as (_, address):
+        peer = await Peer.connect(address, timeout_s=2)
+        peer.close()
+        peer.watch_cache(PrefixIndex())
+        async with asyncio.timeout(2):
+            await peer.listen()
