@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ class Tokenizer:
         self._added = frozenset(added)
         self._byte_level = self._spells_bytes(vocabulary)
         self._bytes = self._byte_fallback(vocabulary)
+        self.width = lru_cache(maxsize=None)(self._width)
+        """Characters of one token's text by itself; at most a vocabulary's worth is remembered."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with special tokens where the model's tokenizer adds them."""
@@ -101,6 +104,9 @@ class Tokenizer:
         if self._byte_level:
             return bytes(BYTE_OF[character] for character in piece)
         return str(piece).replace(WORD_START, " ").encode()
+
+    def _width(self, token: int) -> int:
+        return len(self.decode([token]))
 
     def is_visible(self, token: int) -> bool:
         """Whether ``token`` has text in an output: it exists and is not special."""
@@ -177,14 +183,12 @@ class Detokenizer:
         end = len(text) - 1 if undecided else len(text)
         piece, self._returned = text[self._returned : end], max(end, self._returned)
         if not undecided:
-            self._cut(self._window[-1:], held=0)
+            self._window = self._window[-1:]
+            self._returned = self._tokenizer.width(self._window[0]) if self._window else 0
         elif len(self._window) > 2 * CHARACTER_TOKENS:
-            self._cut(self._window[-CHARACTER_TOKENS:], held=1)
+            self._window = self._window[-CHARACTER_TOKENS:]
+            self._returned = len(self._tokenizer.decode(self._window)) - 1  # the last character is held
         return piece
-
-    def _cut(self, window: list[int], *, held: int) -> None:
-        self._window = window
-        self._returned = len(self._tokenizer.decode(window)) - held
 
 
 class StopStrings:

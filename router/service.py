@@ -203,10 +203,12 @@ class InferenceService:
         finally:
             counters.inflight -= outputs
 
-    async def _outputs(self, parsed: validate.ParsedRequest, seen: Seen) -> AsyncGenerator[pb.GenerateResponse]:
-        """Every output of the request, interleaved. The first one computes the prompt; the others start once it has,
-        and find the prompt in the prefix cache.
-        """
+    def _outputs(self, parsed: validate.ParsedRequest, seen: Seen) -> AsyncGenerator[pb.GenerateResponse]:
+        """Every output of the request. Most have one: no layers between it and the client."""
+        return self._respond(parsed, seen, 0) if parsed.outputs == 1 else self._interleaved(parsed, seen)
+
+    async def _interleaved(self, parsed: validate.ParsedRequest, seen: Seen) -> AsyncGenerator[pb.GenerateResponse]:
+        """The first output computes the prompt; the others start once it has, and find it in the prefix cache."""
         computed = asyncio.Event()
 
         async def output(index: int) -> AsyncGenerator[pb.GenerateResponse]:
