@@ -119,10 +119,10 @@ def from_code(code: str, message: str, *, field: str = "", retry_after_ms: int =
         case "RESOURCE_EXHAUSTED":
             return Overloaded(message, field=field, retry_after_ms=retry_after_ms, reason=reason)
         case "DEADLINE_EXCEEDED":
-            return DeadlineExceeded(message, field=field)
+            return DeadlineExceeded(message, field=field, reason=reason)
         case "CANCELLED":
             return Cancelled(message, field=field)
         case "UNAVAILABLE":
-            return Unavailable(message, field=field, retry_after_ms=retry_after_ms)
+            return Unavailable(message, field=field, retry_after_ms=retry_after_ms, reason=reason)
         case _:
             return Internal(message, field=field)

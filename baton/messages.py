@@ -115,6 +115,7 @@ class Failed:
     message: str
     field: str = ""
     retry_after_ms: int = 0
+    reason: str = ""  # in words of [a-z_], for counting
 
 
 @dataclass(frozen=True, slots=True)

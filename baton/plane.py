@@ -140,7 +140,7 @@ def answer(link: FrameStream, record: object) -> None:
 
 def failure(request_id: str, error: BatonError) -> Failed:
     """``error`` as the record that tells a router about it."""
-    return Failed(request_id, error.code, error.message, error.field, error.retry_after_ms)
+    return Failed(request_id, error.code, error.message, error.field, error.retry_after_ms, error.reason)
 
 
 def broke(link: FrameStream, request_id: str) -> None:

@@ -117,7 +117,8 @@ class DecodeWorker:
     def received(self, link: FrameStream, record: object) -> None:
         match record:
             case Reserve() | Decode() if self._plane.draining:
-                answer(link, failure(record.work.request_id, Unavailable(f"{self.worker_id} is draining")))
+                leaving = Unavailable(f"{self.worker_id} is draining", reason="worker_leaving")
+                answer(link, failure(record.work.request_id, leaving))
             case Reserve():
                 self._tasks.start(link, record.work.request_id, lambda: self._serve(link, record))
             case Decode():
@@ -202,9 +203,9 @@ class DecodeWorker:
                 if landed.first.finish:
                     job.finished.set_result(None)
             case Lost(reason=reason):
-                raise Unavailable(f"the handoff was lost: {reason}")
+                raise Unavailable(f"the handoff was lost: {reason}", reason="handoff_lost")
             case Expired():
-                raise DeadlineExceeded("the handoff's lease expired")
+                raise DeadlineExceeded("the handoff's lease expired", reason="handoff_expired")
             case never:
                 assert_never(never)
 

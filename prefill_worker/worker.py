@@ -21,7 +21,7 @@ from baton.config import Config
 from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
-from baton.messages import Cancel, Failed, Handed, Hello, Inspect, Load, Prefill, Probe, Report, Tokens
+from baton.messages import Cancel, Handed, Hello, Inspect, Load, Prefill, Probe, Report, Tokens
 from baton.plane import PlaneServer, answer, broke, failure
 from baton.request import TokenEvent, Work
 from baton.secure import load_key
@@ -106,7 +106,8 @@ class PrefillWorker:
     def received(self, link: FrameStream, record: object) -> None:
         match record:
             case Prefill() if self._plane.draining:
-                answer(link, failure(record.work.request_id, Unavailable(f"{self.worker_id} is draining")))
+                leaving = Unavailable(f"{self.worker_id} is draining", reason="worker_leaving")
+                answer(link, failure(record.work.request_id, leaving))
             case Prefill():
                 self._tasks.start(link, record.work.request_id, lambda: self._serve(link, record))
             case Cancel():
@@ -175,9 +176,9 @@ class PrefillWorker:
                 case Landed():
                     answer(link, Handed(work.request_id))
                 case Lost(reason=reason):
-                    answer(link, Failed(work.request_id, "UNAVAILABLE", f"the handoff was lost: {reason}"))
+                    raise Unavailable(f"the handoff was lost: {reason}", reason="handoff_lost")
                 case Expired():
-                    answer(link, Failed(work.request_id, "DEADLINE_EXCEEDED", "the handoff's lease expired"))
+                    raise DeadlineExceeded("the handoff's lease expired", reason="handoff_expired")
                 case never:
                     assert_never(never)
         finally:

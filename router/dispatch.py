@@ -127,4 +127,6 @@ def _error(attempt: Attempt, peer: Peer, failed: Failed) -> BatonError:
     if failed.code == Unavailable.code:  # whose fault a lost handoff is cannot be told here: both are remembered
         for suspect in attempt.peers.values():
             suspect.suspicion.strike(time.monotonic())
-    return from_code(failed.code, failed.message, field=failed.field, retry_after_ms=failed.retry_after_ms)
+    return from_code(
+        failed.code, failed.message, field=failed.field, retry_after_ms=failed.retry_after_ms, reason=failed.reason
+    )

@@ -152,7 +152,7 @@ class Peer:
             self._link.abort()
             if self._cache is not None:
                 self._cache.end()
-            self._fail_all(f"{self.address.role} worker lost")
+            self._fail_all("lost")
 
     def check(self, now_s: float) -> None:
         """Gives up what a silent worker has: its streams go on elsewhere, and should it wake up it is told so."""
@@ -163,12 +163,13 @@ class Peer:
         with contextlib.suppress(Unavailable):
             for request_id in self._sinks:
                 self._link.send(Cancel(request_id))
-        self._fail_all(f"{self.address.role} worker silent")
+        self._fail_all("silent")
 
-    def _fail_all(self, reason: str) -> None:
+    def _fail_all(self, how: Literal["lost", "silent"]) -> None:
         sinks, self._sinks = self._sinks, {}
         for request_id, sink in sinks.items():
-            sink(self, Failed(request_id, "UNAVAILABLE", reason))
+            message = f"{self.address.role} worker {how}"
+            sink(self, Failed(request_id, Unavailable.code, message, reason=f"{self.address.role}_{how}"))
 
     def _deliver(self, record: object) -> None:
         match record:

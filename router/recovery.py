@@ -14,7 +14,7 @@ class NoWorker(Unavailable):
     """Nobody of a role is connected; nothing was tried. ``lost_s``: for how long it has been so; inf: for ever."""
 
     def __init__(self, message: str, *, lost_s: float, retry_after_ms: int = 0) -> None:
-        super().__init__(message, retry_after_ms=retry_after_ms)
+        super().__init__(message, retry_after_ms=retry_after_ms, reason="no_worker")
         self.lost_s = lost_s
 
 

@@ -148,7 +148,9 @@ class Attempt:
             yield
 
     def blame(self, error: BatonError) -> str:
-        """The reason of ``error`` for the books: whose part it was, and gRPC's code, such as "decode_unavailable"."""
+        """The reason of ``error`` for the books: its own, as "decode_silent"; else whose part it was, and the code."""
+        if error.reason:
+            return error.reason
         roles = [role for role, worker in self.by_role.items() if worker in self.failed]
         return f"{roles[0] if roles else 'nobody'}_{error.code.lower()}"
 

@@ -117,8 +117,8 @@ def test_damaged_frames_never_escape_as_another_error(record: object, data: st.D
         (msgpack.packb(["Report", "r", {1: 2.0}, 0.0, 0, {}, ""]), "not msgpack"),
         (msgpack.packb(["Tokens", [1]]), "Tokens.events: is int, expected TokenEvent"),
         (msgpack.packb(["Tokens", "abc"]), "Tokens.events: is str, expected list"),
-        (msgpack.packb(["Failed", "r", "C", "m", "f", True]), "Failed.retry_after_ms: is bool, expected int"),
-        (msgpack.packb(["Failed", "r", "C", "m", "f", 1.0]), "Failed.retry_after_ms: is float, expected int"),
+        (msgpack.packb(["Failed", "r", "C", "m", "f", True, ""]), "Failed.retry_after_ms: is bool, expected int"),
+        (msgpack.packb(["Failed", "r", "C", "m", "f", 1.0, ""]), "Failed.retry_after_ms: is float, expected int"),
         (msgpack.packb(["Cancel", msgpack.ExtType(4, b"x")]), "not msgpack"),
         (b"\xdd" + (MAX_ARRAY_ITEMS + 1).to_bytes(4, "big"), "not msgpack"),  # refused before any item is read
         (b"\x91" * 100_000, "not msgpack"),  # nested without end

@@ -113,6 +113,7 @@ async def test_a_decode_worker_is_lost(found: Found, model: Model, sampling: pb.
         assert {stage.name: stage.seconds for stage in ledger.stages}["recover"] > 0
         assert {stage.name: stage.seconds for stage in whole[-1].ledger.stages}["recover"] == 0
         assert house.service.report().router.retried == 1
+        assert house.service.observer.meters.retries.sums == {("decode_lost",): 1}
         await idle(house)
 
 
