@@ -142,6 +142,13 @@ def ask(http: httpx2.Client, query: str) -> list[dict[str, Any]]:
     return result
 
 
+def wait_for(http: httpx2.Client, query: str, timeout_s: float = 30.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not ask(http, query):
+        assert time.monotonic() < deadline_s, (query, http.get("/api/v1/targets").text)
+        time.sleep(0.3)
+
+
 def load(cluster: Client) -> None:
     cluster.generate(
         prompt="The history of the steam engine " * 12, sampling=pb.Sampling(max_tokens=8, ignore_eos=True)
@@ -152,13 +159,9 @@ def load(cluster: Client) -> None:
 
 def test_a_real_prometheus_takes_every_query_and_rule(tcp_cluster: Client, prometheus: httpx2.Client) -> None:
     load(tcp_cluster)
-    time.sleep(2.5)  # two scrapes, so that there is something to compare the next with
-    load(tcp_cluster)
-    deadline_s = time.monotonic() + 20
-    finished = "sum(increase(gen_ai_server_request_duration_seconds_count[1m])) > 0"
-    while not ask(prometheus, finished):
-        assert time.monotonic() < deadline_s, prometheus.get("/api/v1/targets").text
-        time.sleep(0.3)
+    wait_for(prometheus, 'up{job="baton"} == 1 and on () sum(baton_slo_requests_total) > 0')
+    load(tcp_cluster)  # an increase is seen from the second scrape on
+    wait_for(prometheus, "sum(increase(gen_ai_server_request_duration_seconds_count[1m])) > 0")
     assert [sample["value"][1] for sample in ask(prometheus, 'up{job="baton"}')] == ["1"]
     for query in dict.fromkeys(query for one in DASHBOARDS for query in one.queries):
         result = ask(prometheus, query)
