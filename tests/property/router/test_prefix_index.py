@@ -15,7 +15,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Job
 from router.prefix_index import EXPECTED_S, PrefixIndex
 
-WORKERS, BLOCKS = ("a", "b", "c"), range(1, 7)
+WORKERS, BLOCKS = ("a", "b", "c"), range(1, 5)
 blocks = st.lists(st.sampled_from(BLOCKS), max_size=4, unique=True)
 steps = st.lists(
     st.tuples(
@@ -24,6 +24,7 @@ steps = st.lists(
         blocks,
         blocks,
     ),
+    min_size=5,
     max_size=40,
 )
 
@@ -63,12 +64,14 @@ class Model:
         return tokens
 
 
-@given(steps, st.lists(st.permutations(BLOCKS), min_size=1, max_size=3))
+@settings(max_examples=200)
+@given(steps, st.lists(blocks, min_size=3, max_size=3), st.lists(st.permutations(BLOCKS), min_size=2, max_size=4))
 def test_the_index_is_what_brute_force_says(
-    script: list[tuple[str, str, list[int], list[int]]], prompts: list[list[int]]
+    script: list[tuple[str, str, list[int], list[int]]], first: list[list[int]], prompts: list[list[int]]
 ) -> None:
     index, model, sequences = PrefixIndex(), Model(), dict.fromkeys(WORKERS, 0)
-    for kind, worker, added, removed in script:
+    begin = [("reset", worker, held, held) for worker, held in zip(WORKERS, first, strict=True)]
+    for kind, worker, added, removed in (*begin, *script):
         removed = [block for block in removed if block not in added]
         match kind:
             case "told" | "gap":

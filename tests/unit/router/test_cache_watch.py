@@ -101,6 +101,17 @@ def test_after_a_gap_everything_is_asked_for_and_nothing_is_believed_until_then(
     assert len(index) == 0
 
 
+def test_who_begins_to_watch_between_two_pushes_hears_of_what_ends_before_the_next() -> None:
+    journal, index = BlockJournal(), PrefixIndex()
+    journal.change((1, 2), held=True)
+    index.apply("w", journal.snapshot())
+    journal.change((2,), held=False)  # nobody else was ever told of it
+    events = journal.take()
+    assert events is not None
+    assert index.apply("w", events)
+    assert index.match((1, 2), 0.0) == {"w": BLOCK_TOKENS}
+
+
 # ---- bounds
 
 
