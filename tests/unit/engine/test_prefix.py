@@ -232,3 +232,16 @@ def test_integrity_finds_a_cache_that_forgot_or_mixed_up_a_page() -> None:
     pool.keep(pages[2])
     with pytest.raises(PageIntegrityError, match="kept"):
         cache.check_integrity([])
+
+
+def test_what_waits_counts_without_what_it_found_cached() -> None:
+    queue = scheduler()
+    serve(queue, job("a", "aaaabbbbcc"))
+    queue.add(job("b", "aaaabbbbddddee"), 0.0)
+    assert queue.waiting_tokens == 6
+    queue.add(job("c", "aaaabbbb"), 0.0)
+    assert queue.waiting_tokens == 7  # the last token of what is cached as a whole is computed for its logits
+    queue.add(job("d", "xxxxbbbb"), 0.0)
+    assert queue.waiting_tokens == 15
+    step(queue)
+    assert queue.waiting_tokens == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from baton import plane
+from baton.config_routing import Strategy
 from placement import router_view
 from placement.cost import StepShape
 from placement.linear import LinearCost
@@ -147,3 +148,21 @@ def test_workers_cache_prefixes_where_the_workload_knows_them() -> None:
         assert [trip.ttft_s for trip in warm.trips] == pytest.approx([0.11, 0.11 - 0.064])
         assert sum(use.hit_tokens for use in warm.workers.values()) == 64
         assert sum(use.hit_tokens for use in cold.workers.values()) == 0
+
+
+def test_prompts_go_where_their_blocks_are_until_the_wait_there_is_too_long() -> None:
+    def prompt(at_s: float, *blocks: int) -> Arrival:
+        return Arrival(at_s, 64 * len(blocks), 1, blocks)
+
+    limits = EngineLimits(page_tokens=64, step_tokens=1 << 20)
+    pools = {"decode": Pool(COST, 1, limits), "prefill": Pool(COST, 3, limits)}
+    turns = [prompt(float(turn), *range(8)) for turn in range(9)]
+
+    def hits(strategy: Strategy, arrivals: list[Arrival]) -> list[int]:
+        outcome = simulate(Cluster(**pools, strategy=strategy), arrivals, block_tokens=64)
+        return [use.hit_tokens for name, use in outcome.workers.items() if name.startswith("prefill")]
+
+    assert sorted(hits("prefix_affinity", turns)) == [0, 0, 8 * 511]
+    assert hits("round_robin", turns) == [2 * 511] * 3
+    burst = [prompt(0.0, *range(8)), *(prompt(1.0, *range(8), 100 + number) for number in range(300))]
+    assert all(hit > 0 for hit in hits("prefix_affinity", burst))
