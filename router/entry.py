@@ -177,8 +177,11 @@ class Entry:
             self._settle(self._turns[one.claim.number], one)
 
     def _settle(self, turn: Turn, outcome: Dropped | None) -> None:
-        if not turn.ready.done():  # else its client left, and its task has not run since
-            turn.ready.set_result(outcome)
+        if turn.ready.done():  # its client left, and its task has not run since
+            return
+        if outcome is not None and outcome.reason == "shed" and not turn.overtaken:
+            self._learner.first_token(turn.promised_s, math.inf, time.monotonic())
+        turn.ready.set_result(outcome)
 
     def _outlook(self) -> Outlook:
         prefills = [peer.view() for peer in self.pools.of("prefill")]

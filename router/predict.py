@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from router.policy import WorkerView
 
-KEPT = 0.9  # share of predictions that shall hold
-STEP = 0.1  # by how much a broken prediction moves a factor, in its logarithm; a kept one by a ninth of it
+KEPT = 0.95  # share of predictions that shall hold
+STEP = 0.1  # by how much a broken prediction moves a factor, in its logarithm; a kept one by a nineteenth
 MOST = 4.0  # bound of a factor, and its inverse
 FADE_S = 60.0  # without observations a factor is halfway back to 1 after so long
 SMOOTH = 0.1  # weight of the newest in a mean

@@ -107,6 +107,7 @@ async def test_who_cannot_be_in_time_any_more_is_shed() -> None:
     with pytest.raises(Overloaded) as shed:
         await waits
     assert shed.value.reason == "shed"
+    assert door._learner.at(time.monotonic()).ttft_factor > 1.0  # a broken promise
     await door.close()
 
 
@@ -125,6 +126,21 @@ async def test_a_client_that_leaves_the_line_leaves_nothing() -> None:
     waits.cancel()
     await asyncio.gather(waits, return_exceptions=True)
     assert (door.waiting, door._turns) == (0, {})
+    await door.close()
+
+
+async def test_a_turn_that_comes_while_its_client_leaves_is_nobodys(caplog: pytest.LogCaptureFixture) -> None:
+    workers = Workers(prefill=BUSY)
+    door = entry(workers)
+    waits = asyncio.create_task(run(door, request(), asyncio.Event()))
+    await settle()
+    waits.cancel()
+    workers.prefill.load = IDLE
+    door._advance()  # before its task has run again
+    with pytest.raises(asyncio.CancelledError):
+        await waits
+    assert (door.waiting, door._turns, door._admission.unanswered) == (0, {}, 0)
+    assert not caplog.records
     await door.close()
 
 

@@ -1,0 +1,40 @@
+"""What counts as admitted, in time and refused at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.overload import row
+from bench.stats import Record, Slo
+
+SLO = Slo(1.0, 0.1)
+
+
+def record(index: int, *, first_s: float = 0.0, status: str = "OK", reason: str = "", ended_s: float = 0.0) -> Record:
+    times = (index + first_s, index + first_s + 0.05) if status == "OK" else ()
+    return Record(
+        index, float(index), float(index), 8, 2, status, token_times_s=times, ended_s=index + ended_s, reason=reason
+    )
+
+
+def test_whoever_is_shed_was_admitted_and_missed() -> None:
+    full = "RESOURCE_EXHAUSTED"
+    records = [
+        record(0, first_s=0.5),
+        record(1, first_s=1.5),  # late
+        record(2, status=full, reason="TTFT", ended_s=0.01),
+        record(3, status=full, reason="SHED", ended_s=0.9),
+        record(4, status=full, reason="LINE_FULL", ended_s=0.03),
+    ]
+    figures = row(2.0, 3.0, records, SLO)
+    assert (figures["requests"], figures["admitted"]) == (5, 3)
+    assert figures["admitted_met_share"] == pytest.approx(1 / 3)
+    assert figures["goodput_per_s"] == pytest.approx(1 / 4)
+    assert figures["refused_within_20_ms"] == 0.5
+    assert figures["refusal_ms"]["p50"] == pytest.approx(20.0)
+    assert figures["by_reason"] == {"OK": 2, "TTFT": 1, "SHED": 1, "LINE_FULL": 1}
+
+
+def test_nobody_refused() -> None:
+    figures = row(1.0, 0.5, [record(0, first_s=0.5), record(1, first_s=0.5)], SLO)
+    assert (figures["refusal_ms"], figures["refused_within_20_ms"], figures["admitted_met_share"]) == ({}, 1.0, 1.0)
