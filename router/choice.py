@@ -13,7 +13,7 @@ from router.peers import Peer, Pools, Role
 from router.recovery import NoWorker
 
 NO_WORKER_RETRY_MS = 1000
-REMEMBERED_PROMPTS = 1024  # whose blocks are named already: a prompt is asked about three times in a row
+REMEMBERED_PROMPTS = 1024  # whose blocks are named already: a prompt is asked about five times in a row
 
 
 class Choice:
@@ -35,7 +35,7 @@ class Choice:
         self._disaggregated, self._local_prefill = disaggregated, local_prefill
         self._routing = routing or RoutingConfig()
         self._turns: Counter[Role] = Counter()
-        self._names: OrderedDict[tuple[str, int], tuple[int, ...]] = OrderedDict()
+        self._names: OrderedDict[tuple[int, int], tuple[int, ...]] = OrderedDict()
 
     def decode(self, work: Work, exclude: frozenset[str] = frozenset()) -> Peer:
         peers = self._peers("decode", exclude)
@@ -91,10 +91,11 @@ class Choice:
         return policy.Prompt(len(work.known), known, names[0] if names else 0, work.session, turn)
 
     def _block_names(self, work: Work) -> tuple[int, ...]:
-        key = (work.request_id, len(work.known))
+        known = work.known
+        key = (hash(known), len(known))  # who makes two prompts collide gets a wrong hint
         names = self._names.get(key)
         if names is None:
-            names = self._names[key] = block_names(work.known)
+            names = self._names[key] = block_names(known)
             if len(self._names) > REMEMBERED_PROMPTS:
                 self._names.popitem(last=False)
         return names
