@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import pytest
 
+from baton.errors import CONTEXT_LENGTH_EXCEEDED
 from baton.ledger import STAGES
 from engine.text import Tokenizer
 from router.openai import app
@@ -181,8 +182,8 @@ ERRORS: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     (CHAT, {"messages": HI, "temprature": 1}, 400, "temprature", "unknown_parameter"),
     (CHAT, {"messages": HI, "max_tokens": "5"}, 400, "max_tokens", "invalid_value"),
     (CHAT, {"messages": HI, "max_tokens": 10**30}, 400, "max_tokens", "invalid_value"),
-    (CHAT, {"messages": HI, "max_tokens": 500}, 400, "max_tokens", "invalid_value"),
-    (CHAT, {"messages": HI, "max_completion_tokens": 500}, 400, "max_completion_tokens", "invalid_value"),
+    (CHAT, {"messages": HI, "max_tokens": 500}, 400, "max_tokens", CONTEXT_LENGTH_EXCEEDED),
+    (CHAT, {"messages": HI, "max_completion_tokens": 500}, 400, "max_completion_tokens", CONTEXT_LENGTH_EXCEEDED),
     (CHAT, {"messages": HI, "max_completion_tokens": 5, "max_tokens": 6}, 400, "max_tokens", None),
     (CHAT, {"messages": HI, "temperature": 0.001}, 400, "temperature", "invalid_value"),
     (CHAT, {"messages": HI, "top_logprobs": 3}, 400, "top_logprobs", "invalid_value"),
@@ -194,11 +195,11 @@ ERRORS: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     (CHAT, {"messages": HI, "baton": {"codec": "zip"}}, 400, "baton.codec", "invalid_value"),
     (CHAT, {"messages": HI, "baton": {"budget_ms": 1}}, 504, "baton.budget_ms", "deadline_exceeded"),
     (CHAT, {"messages": HI, "model": "gpt-9"}, 404, "model", "model_not_found"),
-    (CHAT, {"messages": [{"role": "user", "content": "word " * 900}]}, 400, "messages", "invalid_value"),
+    (CHAT, {"messages": [{"role": "user", "content": "word " * 900}]}, 400, "messages", CONTEXT_LENGTH_EXCEEDED),
     (COMPLETE, {}, 400, "prompt", "missing_required_parameter"),
     (COMPLETE, {"prompt": 5}, 400, "prompt", "invalid_value"),
     (COMPLETE, {"prompt": ["a", 5]}, 400, "prompt[1]", "invalid_value"),
-    (COMPLETE, {"prompt": ["a", "b" * 30000]}, 400, "prompt[1]", "invalid_value"),
+    (COMPLETE, {"prompt": ["a", "b" * 30000]}, 400, "prompt[1]", CONTEXT_LENGTH_EXCEEDED),
     (COMPLETE, {"prompt": [1, 10**8]}, 400, "prompt[1]", "invalid_value"),
     (COMPLETE, {"prompt": ["a"] * 32, "n": 32}, 400, "n", None),
     (COMPLETE, {"prompt": "a", "n": 2, "best_of": 3}, 400, "best_of", None),
