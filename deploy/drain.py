@@ -66,7 +66,7 @@ def replicas_on(node_id: str) -> list[str]:
         for app in client.get_serve_details()["applications"].values()
         for name, deployment in app["deployments"].items()
         for replica in deployment["replicas"]
-        if replica["node_id"] == node_id
+        if replica.get("node_id") == node_id  # one that starts has none yet
     ]
 
 

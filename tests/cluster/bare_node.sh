@@ -33,7 +33,7 @@ wait_until() {
 
 "$bin/ray-node" ray start --head --port=6379 --node-ip-address=127.0.0.1 --num-cpus=2 --resources='{"router": 1}' \
   --object-store-memory=90000000 --dashboard-host=127.0.0.1
-"$bin/ray-node" ray start --address=127.0.0.1:6379 --node-ip-address=127.0.0.2 --num-cpus=4 \
+"$bin/ray-node" ray start --address=127.0.0.1:6379 --node-ip-address=127.0.0.2 --num-cpus=4 --dashboard-agent-listen-port=52366 \
   --resources='{"prefill": 1, "decode": 1}' --object-store-memory=90000000
 wait_until "$bin/ready" head
 "$bin/alive"
