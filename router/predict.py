@@ -6,7 +6,7 @@
 A prompt begins when the prompts before it are computed, at the router and at the workers, and when the decode batch has
 a seat for it: a batch has as many seats as keep TPOT. Seconds per token, step and sequence are measured in the workers
 and pushed with their load; how long a seat is kept, what every first token costs and both factors are learned here from
-what was seen (docs/adr/0014). While nothing was measured there is nothing to predict: 0.
+what was seen (docs/adr/0015). While nothing was measured there is nothing to predict: 0.
 """
 
 from __future__ import annotations
