@@ -69,7 +69,8 @@ def environment(config: Config) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(config.router.deadline_s)),
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": streams,
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": streams,
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # A router that ends takes requests until every node's front has learnt to send them elsewhere.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         # A little more than is accepted, so that what is a little too large gets a proper answer. Ray's is 2 GiB.
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(config.router.max_request_bytes, MIN_MESSAGE_BYTES) + (64 << 10)),
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

@@ -44,6 +44,7 @@ def environment(config: Config, folder: Path) -> dict[str, str]:
         | defences
         | {
             "RAY_AUTH_MODE": "disabled",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # the one front is near, and `baton down` waits
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
