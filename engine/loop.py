@@ -12,7 +12,7 @@ from typing import TypeVar
 from baton.errors import Overloaded, Unavailable
 from baton.request import TokenEvent
 from engine.engine import Engine
-from engine.threads import compute_here
+from engine.threads import compute_here, give_way
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            give_way()
             compute_here(self._engine.threads)
             self._serve()
         except BaseException as error:  # the thread's outer boundary

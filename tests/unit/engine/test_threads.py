@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
-from engine.threads import compute_here
+from engine.threads import NICENESS, compute_here, give_way
 
 
 def _in_a_thread(call: Callable[[], int]) -> int:
@@ -26,6 +29,20 @@ def test_the_caller_has_them_and_later_threads_do_not() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness is a thread's own only on Linux")
+def test_a_thread_that_gives_way_is_nicer_than_its_process_and_so_are_its_own_threads() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def work() -> int:
+        give_way()
+        return _in_a_thread(niceness)
+
+    before = niceness()
+    assert _in_a_thread(work) == before + NICENESS
+    assert niceness() == before
 
 
 PROGRAM = """
