@@ -93,7 +93,9 @@ def _paths() -> dict[str, Any]:
                 },
             }
         },
-        "/metrics": _get("metrics", "Prometheus's text format.", {"text/plain": {"schema": {"type": "string"}}}, (403,)),
+        "/metrics": _get(
+            "metrics", "Prometheus's text format.", {"text/plain": {"schema": {"type": "string"}}}, (403,)
+        ),
         "/openapi.json": _get("openapi", "This document.", {"application/json": {"schema": {"type": "object"}}}, ()),
     }
 
