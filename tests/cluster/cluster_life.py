@@ -25,7 +25,7 @@ import yaml
 from baton.config import parse
 from baton.wire import inference_pb2 as pb
 from baton.wire import inference_pb2_grpc
-from deploy import serve_config as told
+from deploy.serve_config import environment as environment_of_clusters
 from deploy.serve_config import serve_config
 from deploy.supervisor import environment, scratch_folder
 
@@ -46,7 +46,9 @@ def main() -> None:
     tree = overridden(yaml.safe_load(CARRIED.read_text(encoding="utf-8")), scratch, cache_dir=sys.argv[1])
     (scratch / "ray").mkdir()
     config = parse(tree["applications"][0]["args"])
-    os.environ.update(environment(config, scratch) | told.environment(config))  # as a cluster has it, files apart
+    os.environ.update(
+        environment(config, scratch) | environment_of_clusters(config)
+    )  # as a cluster has it, files apart
     os.environ.update(RAY_TMPDIR=str(scratch / "ray"), PYTHONPATH=str(ROOT))
     try:
         print(json.dumps(live(tree, scratch)), flush=True)
