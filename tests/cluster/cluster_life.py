@@ -89,21 +89,20 @@ def live(tree: dict[str, Any], scratch: Path) -> dict[str, Any]:
     try:
         deploy(tree, scratch)
         wait_for(prefill=["127.0.0.2"], decode=["127.0.0.3"])
-        note("asking")
         found["reflected"], found["openai"] = ask_by_reflection(), ask_by_openai()
         with Load() as load:
-            note("draining")
+            note(load, "drain")
             add("127.0.0.4", decode=2)
             found["drain"] = drained(cluster.address, first_decode)
             wait_for(prefill=["127.0.0.2"], decode=["127.0.0.4"])
             cluster.remove_node(first_decode)
             found["after_drain"] = load.count()
-            note("killing")
+            note(load, "kill")
             cluster.remove_node(first_prefill, allow_graceful=False)
             add("127.0.0.5", prefill=2)
             wait_for(prefill=["127.0.0.5"], decode=["127.0.0.4"])
             found["after_kill"] = load.count()
-            note("upgrading")
+            note(load, "upgrade")
             before = workers()
             tree["applications"][0]["args"]["prefill"]["step_tokens"] = 128
             deploy(tree, scratch)
@@ -117,7 +116,8 @@ def live(tree: dict[str, Any], scratch: Path) -> dict[str, Any]:
         cluster.shutdown()
 
 
-def note(stage: str) -> None:
+def note(load: Load, stage: str) -> None:
+    load.stage = stage
     print(f"{time.strftime('%X')} {stage}", file=sys.stderr, flush=True)
 
 
@@ -179,7 +179,8 @@ class Load:
 
     def __init__(self) -> None:
         self.answers: list[list[int]] = []
-        self.failures: list[str] = []
+        self.failures: list[tuple[str, str]] = []  # when, why
+        self.stage = ""
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(STREAMS)]
 
@@ -203,7 +204,7 @@ class Load:
                 try:
                     self.answers.append(list(self._stream(stub)))
                 except grpc.RpcError as error:
-                    self.failures.append(f"{error.code().name}: {error.details()}")
+                    self.failures.append((self.stage, f"{error.code().name}: {error.details()}"))
                     time.sleep(0.2)
 
     def _stream(self, stub: inference_pb2_grpc.InferenceStub) -> Iterator[int]:
