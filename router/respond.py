@@ -19,6 +19,7 @@ FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
+_FINISH_VALUES = frozenset(FINISH_REASONS)
 
 
 class Assembler:
@@ -96,7 +97,7 @@ class Assembler:
     def _check(self, event: TokenEvent) -> None:
         if event.index != self._tokens:
             raise ProtocolError(f"token {event.index} of {self._parsed.request_id} came, {self._tokens} was due")
-        if event.finish not in ("", *FinishReason):
+        if event.finish and event.finish not in _FINISH_VALUES:
             raise ProtocolError(f"unknown finish reason {event.finish!r}")
 
     def _advance(self, event: TokenEvent) -> str:
