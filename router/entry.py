@@ -133,6 +133,8 @@ class Entry:
         except TimeoutError:
             raise DeadlineExceeded("the request's time was used up in the line", field="budget_ms") from None
         if dropped is not None:
+            if time.monotonic() >= turn.claim.deadline_s:
+                raise DeadlineExceeded("the request's time was used up before it could begin", field="budget_ms")
             retry_after_ms = math.ceil(1e3 * dropped.retry_after_s)
             raise Overloaded(dropped.message, retry_after_ms=retry_after_ms, reason=dropped.reason)
 

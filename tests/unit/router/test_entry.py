@@ -119,6 +119,14 @@ async def test_the_deadline_ends_waiting() -> None:
     await door.close()
 
 
+async def test_a_deadline_that_has_passed_is_no_overload() -> None:
+    door = entry(Workers(prefill=BUSY))
+    with pytest.raises(DeadlineExceeded):
+        async with door.turn(request(budget_s=0.1), ANYBODY, arrived_s=time.monotonic() - 1.0, uncached_tokens=100):
+            pass
+    assert (door.waiting, door._turns) == (0, {})
+
+
 async def test_a_client_that_leaves_the_line_leaves_nothing() -> None:
     door = entry(Workers(prefill=BUSY))
     waits = asyncio.create_task(run(door, request(), asyncio.Event()))
