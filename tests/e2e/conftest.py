@@ -78,7 +78,8 @@ class Client:
         return "OK", tokens
 
     def status(self) -> pb.GetStatusResponse:
-        return self.stub.GetStatus(pb.GetStatusRequest(), timeout=10)
+        answer: pb.GetStatusResponse = self.stub.GetStatus(pb.GetStatusRequest(), timeout=10)
+        return answer
 
     def held(self) -> dict[str, int]:
         """Everything that workers and router hold now; empty when all is free."""

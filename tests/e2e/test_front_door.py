@@ -177,8 +177,8 @@ def test_without_a_key_only_health_answers(door: Door) -> None:
     with pytest.raises(openai.AuthenticationError) as refused, openai.OpenAI(
         base_url=f"https://{door.cluster.http}/v1", api_key="wrong", max_retries=0,
         http_client=httpx2.Client(verify=door.context(door.pair)),
-    ) as client:  # fmt: skip
-        client.models.list()
+    ) as strange:  # fmt: skip
+        strange.models.list()
     assert refused.value.code == "invalid_api_key"
     channel = grpc.secure_channel(door.cluster.address, door.tls().credentials())
     with channel:
