@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-TOKENS_PER_S = 30.0  # of one stream
 FIRST_ID, CYCLE = 1000, 40_000  # ids of ordinary tokens, one for each tenth of a millisecond: all of them in 4 s
 
 

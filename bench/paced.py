@@ -1,8 +1,8 @@
 """A local cluster whose decode workers make their tokens up at a fixed rate; everything but computing them is real.
 
 Run by ``deploy.local.up(..., supervisor="bench.paced")`` in place of ``deploy.supervisor``. Each token's id says when
-it was due (``bench.due``). A request's priority says when its tokens are due: 0, at its own phase; above 0, together
-with everybody else's, as an engine's step yields them.
+it was due (``bench.due``). A request's seed is its rate, in tokens per 1,000 s. Its priority says when its tokens are
+due: 0, at its own phase; above 0, together with everybody else's, as an engine's step yields them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import deploy.app
 from baton.blocks import BlockJournal
 from baton.layout import KVLayout
 from baton.request import FinishReason, TokenEvent, Work
-from bench.due import TOKENS_PER_S, token_due
+from bench.due import token_due
 from decode_worker import worker
 from decode_worker.worker import DecodeWorker
 from deploy import supervisor
@@ -33,6 +33,7 @@ REMEMBERED = 4096
 @dataclass(slots=True)
 class _Stream:
     work: Work
+    gap_s: float
     due_s: float
     index: int = 0
 
@@ -53,8 +54,9 @@ class PacedEngine:
 
     def add(self, work: Work) -> None:
         now_s = time.monotonic()
-        due_s = now_s if work.priority <= 0 else math.ceil(now_s * TOKENS_PER_S) / TOKENS_PER_S
-        self._streams[work.request_id] = _Stream(work, due_s)
+        gap_s = 1e3 / work.sampling.seed
+        due_s = now_s if work.priority <= 0 else math.ceil(now_s / gap_s) * gap_s
+        self._streams[work.request_id] = _Stream(work, gap_s, due_s)
         self._timings.append((work.request_id, Timing(now_s, now_s, now_s)))
 
     def release(self, request_id: str) -> bool:
@@ -76,7 +78,7 @@ class PacedEngine:
     def _emit(self, stream: _Stream) -> TokenEvent:
         work, token = stream.work, token_due(stream.due_s)
         event = TokenEvent(work.request_id, stream.index, token)
-        stream.index, stream.due_s = stream.index + 1, stream.due_s + 1.0 / TOKENS_PER_S
+        stream.index, stream.due_s = stream.index + 1, stream.due_s + stream.gap_s
         if stream.index == work.sampling.max_tokens:
             del self._streams[work.request_id]
             return TokenEvent(work.request_id, event.index, token, finish=FinishReason.LENGTH)

@@ -1,10 +1,10 @@
 """Tokens from decode workers to clients through the real ingress and token plane, with made-up tokens (bench.paced).
 
     python -m bench.token_plane
-    python -m bench.token_plane --streams 256 --routers 3 --processes 2
+    python -m bench.token_plane --streams 256 --rate 7.5 --routers 3 --workers 2
 
 HAProxy, the router replicas under Serve, the workers' connections, admission, detokenizing and ledgers are all real;
-only the model's step is replaced by a clock of 30 tokens/s a stream. Reported over a window in which all streams run:
+only the model's step is replaced by a clock for each stream. Reported over a window in which all streams run:
 messages delivered to gRPC clients of the same machine, how long after it was due each token was in the client's hands,
 and the CPU time of each kind of server process per message. Twice: with the streams at phases of their own, and with
 all tokens of a step at once, as one engine yields them.
@@ -28,12 +28,12 @@ from baton.client import Client
 from baton.config import Config
 from baton.wire import inference_pb2 as pb
 from bench import report
-from bench.due import TOKENS_PER_S, late_s
+from bench.due import late_s
 from bench.load import Target
 from deploy import local
 
 CONNECT_S = 30.0
-SETTLE_S = 3.0  # between the first stream and the window
+SETTLE_S = 4.0  # between the first stream and the window
 STREAMS_PER_CHANNEL = 16
 KINDS = ("haproxy", "router", "decode", "rest")
 
@@ -41,6 +41,7 @@ KINDS = ("haproxy", "router", "decode", "rest")
 @dataclass(frozen=True, slots=True)
 class Load:
     streams: int
+    rate: float  # tokens/s of one
     seconds: float
     processes: int
     together: bool
@@ -54,25 +55,25 @@ class Window:
     end_s: float
 
 
-def streams(address: str, count: int, together: bool, window: Window) -> tuple[int, list[float]]:
+def streams(address: str, count: int, load: Load, window: Window) -> tuple[int, list[float]]:
     """One client process: the messages that arrived in ``window``, and how late each of their tokens was."""
-    return asyncio.run(_streams(address, count, together, window))
+    return asyncio.run(_streams(address, count, load, window))
 
 
-async def _streams(address: str, count: int, together: bool, window: Window) -> tuple[int, list[float]]:
+async def _streams(address: str, count: int, load: Load, window: Window) -> tuple[int, list[float]]:
     late: list[float] = []
     messages = 0
-    wanted = round((window.end_s - time.monotonic() + 1.0) * TOKENS_PER_S)
+    wanted = round((window.end_s - time.monotonic() + 1.0) * load.rate)
 
     async def one(stub: Any, index: int) -> None:
         nonlocal messages
         await asyncio.sleep(index / count)  # phases spread over a second
         request = pb.GenerateRequest(
             prompt="Once upon a time",
-            priority=int(together),
-            sampling=pb.Sampling(temperature=0.0, max_tokens=wanted, ignore_eos=True),
+            priority=int(load.together),
+            sampling=pb.Sampling(temperature=0.0, max_tokens=wanted, ignore_eos=True, seed=round(1e3 * load.rate)),
         )
-        async for response in stub.Generate(request, timeout=wanted):
+        async for response in stub.Generate(request, timeout=120):
             now_s = time.monotonic()
             if window.start_s <= now_s < window.end_s and response.token_ids:
                 messages += 1
@@ -101,7 +102,7 @@ def measure(endpoints: local.Endpoints, load: Load, pool: ProcessPoolExecutor) -
     begin_s = time.monotonic() + SETTLE_S
     window = Window(begin_s, begin_s + load.seconds)
     each = load.streams // load.processes
-    runs = [pool.submit(streams, endpoints.grpc, each, load.together, window) for _ in range(load.processes)]
+    runs = [pool.submit(streams, endpoints.grpc, each, load, window) for _ in range(load.processes)]
     time.sleep(max(0.0, window.start_s - time.monotonic()))
     before = cpu_s(endpoints.pid)
     time.sleep(max(0.0, window.end_s - time.monotonic()))
@@ -117,7 +118,7 @@ def summary(load: Load, messages: int, late: Sequence[float], spent_s: dict[str,
     tokens = len(late)
     return {
         **asdict(load),
-        "wanted_per_s": load.streams * TOKENS_PER_S,
+        "wanted_per_s": load.streams * load.rate,
         "tokens_per_s": tokens / load.seconds,
         "messages_per_s": messages / load.seconds,
         "added_p50_ms": cuts[49] * 1e3,
@@ -131,6 +132,7 @@ def summary(load: Load, messages: int, late: Sequence[float], spent_s: dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=30.0, help="tokens/s of one stream")
     parser.add_argument("--routers", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="decode workers")
     parser.add_argument("--processes", type=int, default=1, help="client processes")
@@ -151,9 +153,10 @@ def main() -> None:
                 time.sleep(0.1)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(chosen.processes, context) as pool:
+            list(pool.map(abs, range(chosen.processes)))  # their imports must not take of a window
             rows = []
             for together in (False, True):
-                load = Load(chosen.streams, chosen.seconds, chosen.processes, together)
+                load = Load(chosen.streams, chosen.rate, chosen.seconds, chosen.processes, together)
                 rows.append(measure(endpoints, load, pool))
                 print(rows[-1], flush=True)
     finally:
