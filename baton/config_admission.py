@@ -46,8 +46,8 @@ class AdmissionConfig(Frozen):
     )
     lead_ms: Milliseconds = Field(
         default=250.0,
-        description="Prompt work that a worker is given ahead. What comes beyond it waits at the router, where the most "
-        "urgent goes first.",
+        description="Prompt work that a worker is given ahead. What comes beyond it waits at the router, where the "
+        "most urgent goes first.",
     )
     aging_s: Seconds = Field(
         default=5.0, description="Waiting for so long is worth one level of priority, so that nobody starves."
