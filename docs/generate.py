@@ -70,9 +70,7 @@ def _rows(
             yield f"| `{prefix}{key}` | {_allowed(field)} | `{shown}` | {field['description']} |"
 
 
-def _named(
-    schema: dict[str, Any], path: str, field: dict[str, Any], defaults: dict[str, BaseModel]
-) -> Iterator[str]:
+def _named(schema: dict[str, Any], path: str, field: dict[str, Any], defaults: dict[str, BaseModel]) -> Iterator[str]:
     """A map of sections: its own row with the default names, then a row for each key that every section has."""
     (pattern, value) = next(iter(field["patternProperties"].items()))
     yield f"| `{path}` | map of sections, names `{pattern}` | `{', '.join(defaults)}` | {field['description']} |"
