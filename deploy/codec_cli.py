@@ -12,11 +12,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from baton.config import Config, load
-from baton.config_handoff import CODECS, FLOORS, codecs_within
 from baton.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from baton.config import Config
     from baton.layout import KVLayout
     from kvtransfer.chooser import Ahead, Candidate, Choice, Link, Load, Regime
 
@@ -55,6 +54,8 @@ def explain(
 
     Speeds are measured on this machine, for both ends.
     """
+    from baton.config import load
+    from baton.config_handoff import CODECS
     from kvtransfer.chooser import Ahead, Link, Load
     from kvtransfer.codec_speeds import measure_codecs
     from kvtransfer.protocol import block_tokens
@@ -80,6 +81,7 @@ def answer(
     candidates: tuple[Candidate, ...], floor: str, link: Link, ahead: Ahead, load: Load
 ) -> RenderableType:  # fmt: skip
     """The table of all ``candidates``, the choice among those within ``floor``, and its break-evens."""
+    from baton.config_handoff import codecs_within
     from kvtransfer.chooser import choose, regimes
 
     within = [one for one in candidates if one.name in codecs_within(floor)]
@@ -92,6 +94,7 @@ def answer(
 
 
 def _table(candidates: tuple[Candidate, ...], choice: Choice, link: Link, ahead: Ahead, load: Load) -> Table:
+    from baton.config_handoff import FLOORS
     from kvtransfer.chooser import estimate, pays_below
 
     allowed = {one.codec.name for one in choice.estimates}
