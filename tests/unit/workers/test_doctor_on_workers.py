@@ -54,7 +54,7 @@ async def test_workers_of_a_cluster_are_examined_and_left_as_they_were(service: 
     # How fast a handoff is depends on what else this machine does: slow is a warning, and only there.
     assert [one for one in found if one.status != "ok" and (one.check, one.status) != ("handoff, raw", "warn")] == []
     pairs = {one.subject for one in found if one.check == "handoff, raw"}
-    assert pairs == {"prefill p -> decode d", "decode d -> prefill p"}
+    assert pairs == {"prefill p0 -> decode d0", "decode d0 -> prefill p0"}
     assert {one.found for one in found if one.check == "transport"} == {"tcp"}
     async with asyncio.timeout(5):
         while held(service):

@@ -70,8 +70,8 @@ async def test_a_prompt_returns_to_where_it_is_cached_and_a_conversation_to_its_
         output, ledger = await answer(house, PROMPT, 100)
         assert ledger.transfer_bytes > 0
         exposed_s = sum(stage.seconds for stage in ledger.stages if stage.name in ("encode", "wire", "land"))
-        [cost_s] = [peer.view().handoff_token_s for peer in house.service.pools.of("decode") if peer.handoffs.token_s]
-        assert cost_s == pytest.approx(exposed_s / len(PROMPT), rel=0.5)
+        cost_s = max(peer.view().handoff_token_s for peer in house.service.pools.of("decode"))
+        assert cost_s == pytest.approx(exposed_s / len(PROMPT), rel=0.5)  # nothing, when prefill hid all of it
         # p0: 252 tokens in pages of 16. d0: all but the last token's KV, 351, in pages of 48.
         turn = [*PROMPT, *output, *range(10)]
         await held(house, turn, {"p0": 192, "p1": 0, "d0": 320, "d1": 0})
