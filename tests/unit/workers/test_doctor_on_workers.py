@@ -66,4 +66,7 @@ async def test_workers_of_a_cluster_are_examined_and_left_as_they_were(service: 
     assert [one.found for one in found if one.status == "fail"] == ["tcp, configured: nixl"]
 
     found = await examined(service, None, None)
-    assert {one.subject for one in found if one.check == "worker" and one.status == "fail"} == {"prefill p", "decode d"}
+    assert {one.subject for one in found if one.check == "worker" and one.status == "fail"} == {
+        "prefill p0",
+        "decode d0",
+    }
