@@ -81,4 +81,4 @@ def configure(config: ObserveConfig, process: str, stream: TextIO | None = None)
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:
-    return {name: value for name, value in vars(record).items() if name not in _OWN}
+    return {name: value for name, value in vars(record).items() if name not in _OWN and name[0] != "_"}

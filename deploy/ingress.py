@@ -28,6 +28,7 @@ PRIVATE = "127.0.0.1"
 CONTRACT = "/baton.v1.Inference/"
 SETTINGS, SCRIPT, PEM = "front.json", "haproxy", "front.pem"
 HARDENED = "# hardened by Baton\n"
+BUFFER_BYTES = 16 << 10  # HAProxy's tune.bufsize
 FRONT_HEADER = "x-baton-front"  # as ``router.gate`` knows it
 
 
@@ -113,7 +114,10 @@ def _added(section: str, front: Front) -> list[str]:
                 f"timeout http-keep-alive {_ms(front.idle_s)}",
             ]
         case "frontend http_frontend":
-            added = [*_by_address(front), *_passage(front), f"http-request wait-for-body time {_ms(front.body_s)}"]
+            # A longer one does not fit HAProxy's buffer: routers read it, in the same time, or refuse it by its length.
+            long = f"{{ req.hdr_val(content-length) gt {BUFFER_BYTES} }}"
+            wait = f"http-request wait-for-body time {_ms(front.body_s)} unless {long}"
+            added = [*_by_address(front), *_passage(front), wait]
         case "frontend grpc_frontend":  # other services' calls may be streams, which never end
             wait = f"http-request wait-for-body time {_ms(front.body_s)} if {{ path_beg {CONTRACT} }}"
             added = [*_by_address(front), *_passage(front), wait]

@@ -144,7 +144,7 @@ def test_one_address_cannot_take_all_connections(start_front: StartFront) -> Non
 def test_calls_carry_the_passage_and_nobody_can_forge_it(start_front: StartFront) -> None:
     for passage in ("0123abcd", ""):
         with start_front(passage) as front:
-            said_after(front.http_port, [b"GET / HTTP/1.1\r\nhost: x\r\nX-Baton-Front: forged\r\n\r\n"], 0.2, 0.5)
+            said_after(front.http_port, [b"GET / HTTP/1.1\r\nhost: x\r\nX-Baton-Front: forged\r\n\r\n"], 0.2, 2.0)
             with front.grpc() as channel:
                 generate = channel.unary_stream("/baton.v1.Inference/Generate")
                 assert list(generate(b"x", metadata=((ingress.FRONT_HEADER, "forged"),), timeout=10)) == [b"x", b"x"]
