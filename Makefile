@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := baton router prefill_worker decode_worker kvtransfer engine placement deploy
+WITHOUT_CLUSTERS := tests/property tests/fuzz tests/unit tests/gpu
+ON_CLUSTERS := tests/cluster tests/e2e
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 FUZZ_S ?= 60
 BENCH ?= --rate 1 --requests 60
@@ -37,7 +39,8 @@ check: setup ## format, lint, types, import layers, generated code, GPU kernels
 	$(BIN)/python -m engine.kernels.aot
 
 test: setup ## every test but the slow ones and those that need a GPU
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m 'not slow and not gpu' $(WITHOUT_CLUSTERS)
+	$(BIN)/pytest -m 'not slow and not gpu' $(ON_CLUSTERS)
 
 fuzz: setup ## fuzz every parser of bytes from the wire; FUZZ_S=60 is for how long each
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench,fuzz]'
