@@ -60,6 +60,7 @@ class Dispatcher:
     ) -> AsyncGenerator[tuple[TokenEvent, ...]]:
         work = attempt.work
         with contextlib.ExitStack() as held:
+            held.enter_context(attempt.timed())
             decode = self._choice.decode(work, exclude)
             local = self._choice.local(work, decode, exclude)
             held.enter_context(attempt.at(decode, computes=self._choice.assigned(work, decode) if local else 0))

@@ -122,7 +122,7 @@ class Attempt:
     peers: dict[str, Peer] = field(default_factory=dict)  # that have a part in it, by worker id
     by_role: dict[Role, str] = field(default_factory=dict)
     failed: frozenset[str] = frozenset()  # of them, those that said so or fell silent
-    inbox: asyncio.Queue[tuple[Peer, object]] = field(default_factory=asyncio.Queue)
+    inbox: asyncio.Queue[tuple[Peer, object] | None] = field(default_factory=asyncio.Queue)  # None: time is up
 
     @property
     def fruitful(self) -> bool:
@@ -158,13 +158,22 @@ class Attempt:
         """The work with the time that is left now."""
         return replace(self.work, budget_s=max(0.0, self.deadline_s - time.monotonic()))
 
-    async def next(self) -> tuple[Peer, object]:
-        """The next record from any worker. Raises :class:`DeadlineExceeded`."""
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """While open, the deadline ends the wait in :meth:`next`: one timer for all the tokens."""
+        left_s = self.deadline_s - time.monotonic()
+        timer = asyncio.get_running_loop().call_later(left_s, self.inbox.put_nowait, None)
         try:
-            async with asyncio.timeout(self.deadline_s - time.monotonic()):
-                return await self.inbox.get()
-        except TimeoutError:
-            raise DeadlineExceeded("the request's time is used up", field="budget_ms") from None
+            yield
+        finally:
+            timer.cancel()
+
+    async def next(self) -> tuple[Peer, object]:
+        """The next record from any worker, inside :meth:`timed`. Raises :class:`DeadlineExceeded`."""
+        received = await self.inbox.get()
+        if received is None:
+            raise DeadlineExceeded("the request's time is used up", field="budget_ms")
+        return received
 
     def arrived(self, role: Role, events: tuple[TokenEvent, ...]) -> tuple[TokenEvent, ...]:
         """Tokens came from a worker of ``role``: all that are due now."""

@@ -22,7 +22,9 @@ def stream() -> Iterator[io.StringIO]:
     """What the root logger writes; it is as before afterwards."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
+    context = logs._about.set(logs.NOBODY)  # others' tests may have left theirs
     yield io.StringIO()
+    logs._about.reset(context)
     root.handlers[:] = handlers
     root.setLevel(level)
 
