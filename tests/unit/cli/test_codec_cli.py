@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def explained(folder: Path, *options: str) -> str:
     result = CliRunner().invoke(
-        app, ["codec", "explain", "--model", str(folder), *options], env={"COLUMNS": "160"}, catch_exceptions=False
+        app, ["codec", "explain", "--model", str(folder), *options], env={"COLUMNS": "240"}, catch_exceptions=False
     )
     assert result.exit_code == 0, result.output
     return result.output
