@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from baton.layout import KVLayout
     from kvtransfer.chooser import Ahead, Candidate, Choice, Link, Load, Regime
 
-MEASURING_S = 3.0
+MEASURING_S = 10.0  # at most: a second or two, where the machine is free
 _SCALE = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _BANDWIDTH = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(bit|bps|b|B)(?:/s|ps)?", re.IGNORECASE)
 _DURATION = re.compile(r"([0-9.]+(?:e-?[0-9]+)?)\s*(s|ms|us|µs)", re.IGNORECASE)
