@@ -101,7 +101,18 @@ def test_the_ledger_sums_to_its_total_and_to_what_the_client_saw(nixl_cluster: A
     )
     seen_s = time.monotonic() - start_s
     stages = {stage.name: stage.seconds for stage in answer.ledger.stages}
-    assert list(stages) == ["admit", "queue", "prefill", "encode", "wire", "land", "wait", "decode", "recover", "deliver"]
+    assert list(stages) == [
+        "admit",
+        "queue",
+        "prefill",
+        "encode",
+        "wire",
+        "land",
+        "wait",
+        "decode",
+        "recover",
+        "deliver",
+    ]
     assert sum(stages.values()) == pytest.approx(answer.ledger.total_s, rel=1e-6)
     assert 0 < answer.ledger.total_s <= seen_s
     assert stages["prefill"] > 0
