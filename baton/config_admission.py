@@ -26,7 +26,7 @@ class ClassConfig(Frozen):
 def _classes() -> dict[str, ClassConfig]:
     return {
         "interactive": ClassConfig(ttft_ms=2000.0, tpot_ms=200.0, priority=10, service_tier="priority"),
-        "standard": ClassConfig(ttft_ms=60_000.0),
+        "standard": ClassConfig(),
         "batch": ClassConfig(priority=-10, service_tier="flex"),
     }
 
