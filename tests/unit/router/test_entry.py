@@ -65,7 +65,7 @@ BUSY = replace(IDLE, waiting_tokens=1000, prompt_token_s=0.001)
 
 async def test_nobody_waits_where_nothing_is_known() -> None:
     door, hold = entry(), asyncio.Event()
-    running = [asyncio.create_task(run(door, request(ttft_ms=1), hold)) for _ in range(3)]
+    running = [asyncio.create_task(run(door, request(ttft_ms=1_000), hold)) for _ in range(3)]
     await settle()
     assert door.waiting == 0
     hold.set()
