@@ -25,6 +25,7 @@ from baton.records import Registry
 from baton.request import TokenEvent, Work
 
 HEARTBEAT_S = 0.5
+HANDOFF_LOST = "handoff_lost"  # the reason of a Failed for which either of two workers may be to blame
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from baton.config_handoff import EXACT_CODECS
 from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
-from baton.messages import Cancel, Decode, Granted, Hello, Inspect, Load, Probe, Report, Reserve, Tokens
+from baton.messages import HANDOFF_LOST, Cancel, Decode, Granted, Hello, Inspect, Load, Probe, Report, Reserve, Tokens
 from baton.plane import PlaneServer, answer, broke, failure
 from baton.request import TokenEvent, Work
 from baton.secure import load_key
@@ -203,7 +203,7 @@ class DecodeWorker:
                 if landed.first.finish:
                     job.finished.set_result(None)
             case Lost(reason=reason):
-                raise Unavailable(f"the handoff was lost: {reason}", reason="handoff_lost")
+                raise Unavailable(f"the handoff was lost: {reason}", reason=HANDOFF_LOST)
             case Expired():
                 raise DeadlineExceeded("the handoff's lease expired", reason="handoff_expired")
             case never:

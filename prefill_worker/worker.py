@@ -21,7 +21,7 @@ from baton.config import Config
 from baton.errors import BatonError, DeadlineExceeded, Internal, Unavailable
 from baton.frames import FrameStream
 from baton.guard import Guard
-from baton.messages import Cancel, Handed, Hello, Inspect, Load, Prefill, Probe, Report, Tokens
+from baton.messages import HANDOFF_LOST, Cancel, Handed, Hello, Inspect, Load, Prefill, Probe, Report, Tokens
 from baton.plane import PlaneServer, answer, broke, failure
 from baton.request import TokenEvent, Work
 from baton.secure import load_key
@@ -176,7 +176,7 @@ class PrefillWorker:
                 case Landed():
                     answer(link, Handed(work.request_id))
                 case Lost(reason=reason):
-                    raise Unavailable(f"the handoff was lost: {reason}", reason="handoff_lost")
+                    raise Unavailable(f"the handoff was lost: {reason}", reason=HANDOFF_LOST)
                 case Expired():
                     raise DeadlineExceeded("the handoff's lease expired", reason="handoff_expired")
                 case never:

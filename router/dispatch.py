@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from baton.errors import BatonError, ProtocolError, Unavailable, from_code
-from baton.messages import Decode, Failed, Granted, Handed, Prefill, Report, Reserve, Ticket, Tokens
+from baton.messages import HANDOFF_LOST, Decode, Failed, Granted, Handed, Prefill, Report, Reserve, Ticket, Tokens
 from baton.request import TokenEvent
 from router.choice import Choice
 from router.peers import Peer
@@ -126,7 +126,7 @@ def _send(attempt: Attempt, peer: Peer, record: object) -> None:
 def _error(attempt: Attempt, peer: Peer, failed: Failed) -> BatonError:
     attempt.failed |= {peer.address.worker_id}
     if failed.code == Unavailable.code:  # whose fault a lost handoff is cannot be told here: both are remembered
-        for suspect in attempt.peers.values():
+        for suspect in attempt.peers.values() if failed.reason == HANDOFF_LOST else (peer,):
             suspect.suspicion.strike(time.monotonic())
     return from_code(
         failed.code, failed.message, field=failed.field, retry_after_ms=failed.retry_after_ms, reason=failed.reason

@@ -15,6 +15,7 @@ from baton.errors import DeadlineExceeded, Unavailable
 from baton.wire import inference_pb2 as pb
 from engine.build import load_model
 from engine.model import Model
+from router.peers import Role
 
 if TYPE_CHECKING:
     from tests.unit.workers.conftest import Found, House
@@ -30,6 +31,7 @@ CONFIG = parse(
     }
 )
 TOKENS = 24
+ROLES: tuple[Role, ...] = ("prefill", "decode")
 GREEDY = pb.Sampling(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
 DRAWN = pb.Sampling(
     temperature=0.9, top_p=0.95, seed=11, max_tokens=TOKENS, min_tokens=20, ignore_eos=True,
@@ -114,6 +116,7 @@ async def test_a_decode_worker_is_lost(found: Found, model: Model, sampling: pb.
         assert {stage.name: stage.seconds for stage in whole[-1].ledger.stages}["recover"] == 0
         assert house.service.report().router.retried == 1
         assert house.service.observer.meters.retries.sums == {("decode_lost",): 1}
+        assert not any(peer.suspicion._strikes for role in ROLES for peer in house.service.pools.of(role))
         await idle(house)
 
 
