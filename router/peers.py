@@ -254,8 +254,9 @@ class Pools:
         return [(a, self._peers.get(a.generation), a.generation in listed) for a in addresses]
 
     def lost_s(self, role: Role) -> float:
-        """Seconds since the last loss of a worker of ``role``; inf before any."""
-        return time.monotonic() - self._lost_s[role]
+        """Seconds since the last loss of a worker of ``role``: inf before any; 0 while one is silent or leaving."""
+        held = any(peer.address.role == role for peer in self._peers.values())
+        return 0.0 if held else time.monotonic() - self._lost_s[role]
 
     @property
     def hello(self) -> Hello | None:

@@ -175,6 +175,7 @@ async def test_a_silent_worker_gives_up_its_streams_and_is_used_again_when_it_sp
         assert isinstance(failed[0], Failed)
         assert (failed[0].code, failed[0].message) == ("UNAVAILABLE", "decode worker silent")
         assert pools.of("decode") == []
+        assert pools.lost_s("decode") == 0, "new requests wait for it, as for a replacement"
         await until(lambda: Cancel("r") in handler.records)
         server._pusher = asyncio.create_task(server._push_load())
         await until(lambda: pools.of("decode") == [peer])
