@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from baton.config_security import SecurityConfig
 from baton.errors import ConfigError, ProtocolError
+from baton.files import read_text
 from baton.records import FINGERPRINT_BYTES
 
 log = logging.getLogger(__name__)
@@ -80,17 +81,9 @@ def load_key(security: SecurityConfig) -> ClusterKey | None:
     """The key in ``security.cluster_key_file``, else in $BATON_CLUSTER_KEY, else None. Raises :class:`ConfigError`."""
     if security.cluster_key_file:
         path = Path(security.cluster_key_file).expanduser()
-        try:
-            if path.stat().st_mode & 0o007:
-                log.warning("%s can be read by every user of this machine; mode 0600 keeps it to this one", path)
-            with path.open("rb") as file:
-                text = file.read(MAX_KEY_FILE_BYTES + 1).decode()
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}", field="security.cluster_key_file") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"{path} is not text", field="security.cluster_key_file") from None
-        if len(text) > MAX_KEY_FILE_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_KEY_FILE_BYTES} bytes", field="security.cluster_key_file")
+        text = read_text(path, field="security.cluster_key_file", most_bytes=MAX_KEY_FILE_BYTES)
+        if path.stat().st_mode & 0o007:
+            log.warning("%s can be read by every user of this machine; mode 0600 keeps it to this one", path)
         return ClusterKey(text)
     found = os.environ.get(KEY_VARIABLE)
     return None if found is None else ClusterKey(found, source=f"${KEY_VARIABLE}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from baton.api_keys import ANYBODY, MAX_FILE_BYTES, Caller, Keyring
 from baton.config import Config
 from baton.errors import ConfigError, Forbidden, Unauthenticated
+from baton.files import read_text
 from baton.secure import ClusterKey
 
 log = logging.getLogger(__name__)
@@ -91,16 +92,7 @@ class Gate:
 
 def read_keys(path: Path) -> Keyring:
     """The keys in the file at ``path``. Raises :class:`ConfigError`."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1).decode()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", field="security.api_keys_file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not text", field="security.api_keys_file") from None
-    if len(text) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes", field="security.api_keys_file")
-    return Keyring.parse(text)
+    return Keyring.parse(read_text(path, field="security.api_keys_file", most_bytes=MAX_FILE_BYTES))
 
 
 def front_token(key: ClusterKey) -> str:
