@@ -61,7 +61,8 @@ def test_a_record_changed_anywhere(kind: str, filling: bytes, data: st.DataObjec
     """Genuine records with one byte changed, removed or added: as bytes and as a frame."""
     made = module()
     known = {**PLANE._records, **CONTROL._records}[kind]
-    body = bytearray(pack(made["_filled"](known, made["Bytes"](filling), made["_house"]())))
+    live = made["LIVE"]
+    body = bytearray(pack(live["filled"](known, made["Bytes"](filling), live["opened"]())))
     at = data.draw(st.integers(0, len(body) - 1))
     match data.draw(st.sampled_from(("change", "remove", "add", "nothing"))):
         case "change":
