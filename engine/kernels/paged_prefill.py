@@ -217,7 +217,7 @@ def _tile(head_dim: int, dtype: torch.dtype, hopper: bool) -> _Tile:
         return _Tile(32, 16, 8)
     if hopper:
         return _Tile(128, 64 if head_dim <= 128 else 32, 8)
-    return _Tile(128 if head_dim <= 128 else 64, 32, 8)
+    return _Tile(128 if head_dim <= 128 else 64, 64 if head_dim <= 64 else 32, 8)
 
 
 def _constexprs(

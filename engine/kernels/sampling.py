@@ -26,7 +26,13 @@ _NONE = tl.constexpr(2147483647)
 def _keys(logits):
     """Signed integers in the order of ``logits``; both zeros are one number."""
     bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _between(low, high):
+    """The middle of two int32, rounded up; their sum might overflow (Warren, Hacker's Delight, 2-5)."""
+    return (low | high) - ((low ^ high) >> 1)
 
 
 @triton.jit
@@ -46,10 +52,10 @@ def _likeliest(logits_ptr, vocab, BLOCK: tl.constexpr):
 @triton.jit
 def _kth_key(logits_ptr, vocab, keep, highest, BLOCK: tl.constexpr):
     """A key that ``keep`` tokens reach: the k-th largest, or one below it that no other token has."""
-    low = tl.full((), _LOWEST, tl.int64)
+    low = tl.full((), _LOWEST, tl.int32)
     high = highest
     while low < high:
-        middle = low + (high - low + 1) // 2
+        middle = _between(low, high)
         reached = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, vocab, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -81,7 +87,7 @@ def _nucleus_key(logits_ptr, weights_ptr, vocab, wanted, lowest, highest, BLOCK:
     low = lowest
     high = highest
     while low < high:
-        middle = low + (high - low + 1) // 2
+        middle = _between(low, high)
         held = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, vocab, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -146,7 +152,7 @@ def _choose(
     top, token = _likeliest(logits_ptr, vocab, BLOCK)
     if temperature > 0.0:
         highest = _keys(top)
-        threshold = tl.full((), _LOWEST, tl.int64)
+        threshold = tl.full((), _LOWEST, tl.int32)
         if (keep > 0) & (keep < vocab):
             threshold = _kth_key(logits_ptr, vocab, keep, highest, BLOCK)
         total = _weigh(logits_ptr, weights_ptr, vocab, top, temperature, threshold, BLOCK)
