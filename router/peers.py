@@ -82,6 +82,9 @@ class Peer:
         except (TimeoutError, ProtocolError) as error:
             link.abort()
             raise Unavailable(f"{address.worker_id} did not say hello: {error}") from None
+        except asyncio.CancelledError:
+            link.abort()
+            raise
         if not isinstance(hello, Hello) or not isinstance(load, Load) or hello.generation != address.generation:
             link.abort()
             raise Unavailable(f"{address.host}:{address.port} is not {address.worker_id} of this generation any more")
@@ -224,16 +227,19 @@ class Pools:
         self._lost_s: dict[Role, float] = {"prefill": -math.inf, "decode": -math.inf}  # when a connection last ended
 
     def update(self, role: Role, addresses: Iterable[WorkerAddress]) -> None:
-        """Connects to new workers. One that is no longer listed gets no new streams, but keeps those it has."""
+        """Connects to new workers. One that is no longer listed gets no new streams, but keeps those it has.
+
+        One that is listed again, as Serve does while it updates a deployment, has its connection still.
+        """
         self._watch = self._watch or asyncio.create_task(self._check_all(), name="silence")
         listed = {address.generation: address for address in addresses}
         gone, new = self._listed[role].keys() - listed.keys(), listed.keys() - self._listed[role].keys()
         self._listed[role] = listed
         for generation in gone - self._peers.keys():
             self._keepers[generation].cancel()
-        for generation in new:
+        for generation in new - {name for name, keeper in self._keepers.items() if _goes_on(keeper)}:
             keeper = asyncio.create_task(self._keep(listed[generation]), name=generation)
-            keeper.add_done_callback(lambda ended: self._keepers.pop(ended.get_name(), None))
+            keeper.add_done_callback(self._forget)
             self._keepers[generation] = keeper
 
     def of(self, role: Role) -> list[Peer]:
@@ -270,6 +276,10 @@ class Pools:
         if keepers:
             await asyncio.wait(keepers, timeout=1.0)
 
+    def _forget(self, ended: asyncio.Task[None]) -> None:
+        if self._keepers.get(ended.get_name()) is ended:  # not another one that has taken over
+            del self._keepers[ended.get_name()]
+
     async def _check_all(self) -> None:
         """Looks for silent workers. Where this process itself was held up, what came meanwhile is read first."""
         last_s = time.monotonic()
@@ -303,3 +313,8 @@ class Pools:
                 del self._peers[address.generation]
                 self._lost_s[address.role] = time.monotonic()
             log.warning("%s %s lost", address.role, address.worker_id)
+
+
+def _goes_on(keeper: asyncio.Task[None]) -> bool:
+    """Whether ``keeper`` will look at the directory's list once more before it ends."""
+    return not keeper.done() and not keeper.cancelling()

@@ -146,6 +146,56 @@ async def test_a_delisted_worker_keeps_the_streams_it_has() -> None:
     await pools.close()
 
 
+async def test_a_worker_that_is_listed_again_keeps_its_one_connection() -> None:
+    """Serve takes workers off the list for a moment while it updates their deployment."""
+    pools = Pools(connect_s=2)
+    async with serving() as (handler, server, address):
+        pools.update("decode", [address])
+        await until(lambda: pools.of("decode"))
+        (peer,), got = pools.of("decode"), list[object]()
+        with peer.attached("r", lambda _, record: got.append(record), 3, computes=True):
+            pools.update("decode", [])
+            pools.update("decode", [address])
+            await asyncio.sleep(0.1)
+            assert pools.of("decode") == [peer]
+            assert len(server._links) == 1
+            assert server._pusher is not None
+            server._pusher.cancel()
+            await until(lambda: got)
+            assert isinstance(got[0], Failed), "its silence is noticed still"
+            server._pusher = asyncio.create_task(server._push_load())
+        await until(lambda: handler.links)  # it was told to cancel
+        handler.links[0].abort()
+        await until(lambda: pools.of("decode") and pools.of("decode")[0] is not peer)
+        (keeper,) = pools._keepers.values()
+        assert not keeper.done()
+    await pools.close()
+    assert keeper.cancelled()
+
+
+async def test_a_worker_that_is_listed_again_before_it_answered() -> None:
+    """The attempt of before is given up; its end does not take the new one with it."""
+    silent: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        silent.append((reader, writer))
+
+    pools = Pools(connect_s=2)
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as door:
+        address = WorkerAddress("decode", "w", "127.0.0.1", door.sockets[0].getsockname()[1], "g1")
+        pools.update("decode", [address])
+        await until(lambda: silent)
+        pools.update("decode", [])
+        pools.update("decode", [address])
+        await until(lambda: len(silent) == 2)
+        assert [keeper.get_name() for keeper in pools._keepers.values() if not keeper.done()] == ["g1"]
+        with contextlib.suppress(ConnectionError):
+            await asyncio.wait_for(silent[0][0].read(), 1.0)  # the first connection was closed
+        await pools.close()
+        for _, writer in silent:
+            writer.close()
+
+
 async def test_pools_reconnect_while_the_worker_is_listed() -> None:
     pools = Pools(connect_s=2)
     async with serving() as (handler, _, address):
