@@ -136,11 +136,16 @@ async def test_an_interrupt_keeps_what_was_measured(served: tuple[Paced, str], t
     chosen = goodput.options(
         ["--address", served[1], "--rate", "20", "--requests", "2000", "--output", "2", "--results", str(tmp_path)]
     )
-    asyncio.get_running_loop().call_later(1.0, os.kill, os.getpid(), signal.SIGINT)
-    document = await goodput.measure(chosen)
+
+    async def interrupt() -> None:
+        while len(served[0].requests) < 30:  # some of them are over then, even on a busy machine
+            await asyncio.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    document, _ = await asyncio.gather(goodput.measure(chosen), interrupt())
     assert document["partial"]
     records = document["runs"][0]["records"]
-    assert 0 < len(records) < 100
+    assert 0 < len(records) < 2000
     assert {record["status"] for record in records} == {"OK"}
     assert len(list(tmp_path.glob("goodput-*-partial.json"))) == 1
 

@@ -7,8 +7,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 
@@ -176,6 +178,19 @@ def test_a_dead_rank_among_four_is_the_one_that_is_named(
         four.ranks.close()
 
 
+def _stop(process: psutil.Process) -> None:
+    """On a busy machine its other threads may go on until the one that was told has its turn."""
+    process.suspend()
+    deadline_s = time.monotonic() + 30.0
+    while any(task.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "T" for task in _tasks(process)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def _tasks(process: psutil.Process) -> list[Path]:
+    return list(Path(f"/proc/{process.pid}/task").iterdir())
+
+
 def test_a_rank_that_stops_while_idle_is_found_by_a_copy(
     start_replica: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +200,7 @@ def test_a_rank_that_stops_while_idle_is_found_by_a_copy(
         engine, told = two.engine(), list[BaseException]()
         engine.watch(told.append)
         engine.cache.gather(0, (0,), 0, 4)
-        two.processes[0].suspend()
+        _stop(two.processes[0])
         with pytest.raises(RankLost, match=r"rank 1 is lost: no copy after 0\.5 s"):
             engine.cache.gather(0, (0,), 0, 4)
         assert [str(error) for error in told] == ["rank 1 is lost: no copy after 0.5 s: TimeoutError('timed out')"]
