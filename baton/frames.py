@@ -66,20 +66,18 @@ class FrameStream:
         name = self._writer.get_extra_info("peername")
         return f"{name[0]}:{name[1]}" if name else "?"
 
-    def send(self, record: object) -> None:
-        """Queues one record; raises :class:`Unavailable` when the peer is gone or has stopped reading."""
-        body = pack(record)
-        if len(body) > MAX_FRAME_BYTES:
-            raise ProtocolError(f"{type(record).__name__} of {len(body)} bytes exceeds {MAX_FRAME_BYTES}")
+    def send(self, *records: object) -> None:
+        """Queues records, in one write; raises :class:`Unavailable` when the peer is gone or has stopped reading."""
+        bodies = [_packed(record) for record in records]
         transport = self._writer.transport
         if transport.is_closing():
             raise Unavailable(f"connection to {self.peer} is closed")
-        if transport.get_write_buffer_size() + len(body) > MAX_UNSENT_BYTES:
+        if transport.get_write_buffer_size() + sum(map(len, bodies)) > MAX_UNSENT_BYTES:
             self.abort()
             raise Unavailable(f"{self.peer} does not read; connection cut")
         if self._sending is not None:
-            body = self._sending.close(body)
-        transport.write(_HEADER.pack(len(body)) + body)
+            bodies = [self._sending.close(body) for body in bodies]
+        transport.write(b"".join(_HEADER.pack(len(body)) + body for body in bodies))
 
     async def receive(self) -> Any | None:
         """The next record, or None at the end of the stream. Raises :class:`ProtocolError` for bad bytes.
@@ -110,3 +108,10 @@ class FrameStream:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+
+def _packed(record: object) -> bytes:
+    body = pack(record)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"{type(record).__name__} of {len(body)} bytes exceeds {MAX_FRAME_BYTES}")
+    return body

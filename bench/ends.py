@@ -24,6 +24,7 @@ from engine.cache import TORCH_DTYPES, KVCache
 from kvtransfer.codecs import make_codec
 from kvtransfer.handoff import Outcome
 from kvtransfer.outgoing import Outgoing
+from kvtransfer.pages import Paged, Rows
 from kvtransfer.protocol import block_tokens
 from kvtransfer.receiver import Receiver, ReceiverStats
 from kvtransfer.sender import Sender, SenderStats
@@ -155,12 +156,12 @@ class SendEnd:
         """Hands ``name``'s pages over. ``slow_s``: what gathering takes longer; ``break_layer`` cannot be gathered."""
         table, cache, request_id = self._tables[name], self._pages.cache, ticket.request_id
 
-        def gather(layer: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+        def gather(layer: int, start: int, count: int) -> Rows:
             if slow_s:
                 time.sleep(slow_s)
             if layer == break_layer:
                 raise OSError("a broken cache")
-            return cache.gather(layer, table, start, count)
+            return Rows(*cache.locate(layer, table, start, count))
 
         outgoing = self._sender.open(ticket, tokens=tokens, budget_s=budget_s, gather=gather)
         self._outgoing[request_id] = outgoing
@@ -200,12 +201,17 @@ class SendEnd:
         return Ended(outcome, self._finished_s.pop(request_id, 0.0))
 
     async def scribble(self, seed: int) -> int:
-        """Flips one bit in every hundredth byte of the staged ones, as broken memory would; how many."""
-        staging, generator, flipped = self._sender._staging, random.Random(seed), 0
-        for offset in range(0, min(staging.memory.nbytes - 100, 4 * max(1, staging.stats().used_bytes)), 100):
-            view = staging.memory.view(offset, 100)
-            view[generator.randrange(100)] ^= 1 << generator.randrange(8)
-            flipped += 1
+        """Flips one bit in every hundredth byte that is staged and signed, as broken memory would; how many. What is
+        being encoded is left alone: the digest promises nothing of bits that flip before it is made."""
+        memory, generator, flipped = self._sender._staging.memory, random.Random(seed), 0
+        with self._sender._encoder.changed:
+            regions = [region for one in self._outgoing.values() for region in one._feed.regions.values()]
+            for region in regions:
+                view = memory.view(region.offset, region.nbytes)
+                for start in range(0, len(view), 100):
+                    at = generator.randrange(start, min(start + 100, len(view)))
+                    view[at] ^= 1 << generator.randrange(8)
+                    flipped += 1
         return flipped
 
     async def stats(self) -> SenderStats:
@@ -240,16 +246,16 @@ class LandEnd:
         """``slow_s``: what a write takes longer; ``break_layer`` cannot be written."""
         table, cache = self._pages.take(tokens), self._pages.cache
 
-        def write(layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        def locate(layer: int, start: int, count: int) -> Rows:
             if slow_s:
                 time.sleep(slow_s)
             if layer == break_layer:
                 raise OSError("a broken cache")
-            cache.scatter(layer, table, start, keys, values)
+            return Rows(*cache.locate(layer, table, start, count))
 
         self._tables[request_id] = table
         return self._receiver.reserve(
-            request_id, epoch, tokens=tokens, codec=codec, floor=floor, budget_s=budget_s, write=write
+            request_id, epoch, tokens=tokens, codec=codec, floor=floor, budget_s=budget_s, write=Paged(locate)
         )
 
     async def ended(self, request_id: str) -> Ended:

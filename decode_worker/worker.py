@@ -29,6 +29,7 @@ from baton.secure import load_key
 from baton.tasks import Jobs
 from decode_worker.admission import Admission
 from engine.build import build_engine
+from engine.cache import KVCache
 from engine.device_pages import device_pages
 from engine.engine import BROKEN, Engine
 from engine.loop import EngineLoop
@@ -226,6 +227,8 @@ class DecodeWorker:
     def _reserve(self, engine: Engine, work: Work) -> Write:
         """Pages for ``work``'s whole prompt, and the way into them."""
         pages, device = engine.reserve(work), self._on_device
+        if device is None and isinstance(cache := engine.cache, KVCache):
+            return Paged(lambda layer, start, count: Rows(*cache.locate(layer, pages, start, count)))
         if device is None:
             return lambda layer, start, keys, values: engine.cache.scatter(layer, pages, start, keys, values)
         free = device.mark()  # whoever had the pages before may still be writing them

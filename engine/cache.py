@@ -100,12 +100,14 @@ class KVCache:
             pages = layer.view(-1, self.page_tokens, *layer.shape[1:])  # [pages, page_tokens, 2 * kv_heads, head_dim]
             pages.index_copy_(0, written, pages.index_select(0, read))
 
+    def locate(self, layer: int, pages: Sequence[int], start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``layer``'s cache [cache rows, 2 * kv_heads, head_dim], and which of its rows [count] int64 hold tokens
+        ``[start, start + count)`` of ``pages``. Raises IndexError for tokens outside."""
+        return self.layers[layer], self.slots(pages, start, count)
+
     def slots(self, pages: Sequence[int], start: int, count: int) -> torch.Tensor:
         """Rows of tokens ``[start, start + count)`` in every layer: [count] int64, on the device."""
-        require_inside(pages, start, count, self.page_tokens)
-        tokens = torch.arange(start, start + count)
-        table = torch.tensor(pages, dtype=torch.int64)
-        slots = table[tokens // self.page_tokens] * self.page_tokens + tokens % self.page_tokens
+        slots = torch.from_numpy(host_rows.slots_of(pages, start, count, self.page_tokens))
         return slots.to(self.layers[0].device)
 
 

@@ -26,9 +26,8 @@ class DevicePages:
         self.kernels: PagedKernels = PagedKernels()
 
     def locate(self, layer: int, pages: Sequence[int], start: int, count: int) -> tuple[Tensor, Tensor]:
-        """``layer``'s cache [cache rows, 2 * kv_heads, head_dim], and which of its rows [count] int64 hold tokens
-        ``[start, start + count)`` of ``pages``. Raises IndexError for tokens outside."""
-        return self._cache.layers[layer], self._cache.slots(pages, start, count)
+        """As :meth:`engine.cache.KVCache.locate`."""
+        return self._cache.locate(layer, pages, start, count)
 
     def mark(self) -> Callable[[], None]:
         """What it returns makes the stream of whichever thread calls it wait for all that is launched by now."""

@@ -88,10 +88,15 @@ class Arena:
         self._free.insert(at, (offset, size))
 
 
+def aligned(nbytes: int) -> int:
+    """``nbytes`` or an offset, rounded up to where a region may begin."""
+    return -(-nbytes // ALIGN) * ALIGN
+
+
 def _round_up(nbytes: int) -> int:
     if nbytes <= 0:
         raise ValueError(f"{nbytes} bytes")
-    return -(-nbytes // ALIGN) * ALIGN
+    return aligned(nbytes)
 
 
 class HostMemory:

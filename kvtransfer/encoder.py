@@ -25,7 +25,7 @@ from kvtransfer.chooser import Ahead, Load
 from kvtransfer.codecs import make_codec
 from kvtransfer.coverage import Span
 from kvtransfer.handoff import Dispatch
-from kvtransfer.pages import Accelerator, Rows, lane_of
+from kvtransfer.pages import Accelerator, Rows, lane_of, paged_codecs
 from kvtransfer.protocol import Acks, Block, block_digest, block_tokens
 from kvtransfer.route import Ratios, Route
 from kvtransfer.signing import BlockKey
@@ -95,7 +95,7 @@ class Encoder:
         self._layout, self._staging, self._ratios, self._key = layout, staging, ratios, key
         self._codecs = {name: make_codec(name, layout) for name in CODECS}
         self._accelerator = accelerator
-        self._paged = accelerator.codecs(CODECS, layout) if accelerator else {}
+        self._paged = paged_codecs(accelerator, CODECS, layout)
         self._block_tokens = block_tokens(layout)
         self.changed = threading.Condition()
         self._waiting: dict[Feed, None] = {}  # feeds with spans, oldest first

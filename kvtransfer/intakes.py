@@ -52,11 +52,14 @@ class Intake:
         self.lease.commit(commit, time.monotonic())
         self._settle(self)
 
-    def arrived(self, arrived: Arrived) -> None:
+    def arrived(self, arrived: tuple[Arrived, ...]) -> None:
+        """Blocks of one fetch are in the pages."""
         if self.lease.outcome is None:
-            acks = Acks(self.lease.request_id, self.lease.epoch, (arrived.seq,), arrived.fetch_s, len(self._under_way))
-            self.answer(acks)
-        self.lease.landed(arrived, time.monotonic())
+            seqs, fetch_s = tuple(one.seq for one in arrived), sum(one.fetch_s for one in arrived)
+            self.answer(Acks(self.lease.request_id, self.lease.epoch, seqs, fetch_s, len(self._under_way)))
+        now = time.monotonic()
+        for one in arrived:
+            self.lease.landed(one, now)
         self._settle(self)
 
     def lose(self, reason: str) -> None:

@@ -1,9 +1,13 @@
 """The receiver's threads: one per peer pulls announced blocks into landing buffers, one for all verifies, decodes and
 writes them. No thread of one stopped peer delays another peer's blocks, and decoding takes one core at most.
+
+Blocks that wait together and lie side by side in the peer's memory are fetched, landed and acknowledged together: they
+share what a fetch, a hand-over between threads and a message cost (docs/handoff.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -17,12 +21,12 @@ from torch import Tensor
 
 from baton.config_handoff import CODECS
 from baton.layout import DTYPES, KVLayout
-from kvtransfer.arena import BufferPool, Region
+from kvtransfer.arena import BufferPool, Region, aligned
 from kvtransfer.codecs import CodecError, make_codec
 from kvtransfer.codecs.block import TORCH_DTYPES
 from kvtransfer.codecs.paged import PagedCodec
 from kvtransfer.handoff import Arrived
-from kvtransfer.pages import Accelerator, Paged, lane_of
+from kvtransfer.pages import Accelerator, Paged, lane_of, paged_codecs
 from kvtransfer.protocol import Block, block_digest
 from kvtransfer.signing import BlockKey
 from kvtransfer.transports import FetchLost, Source
@@ -71,7 +75,7 @@ class Landing:
 
     gate: Gate
     write: Write
-    on_arrived: Callable[[Arrived], None]
+    on_arrived: Callable[[tuple[Arrived, ...]], None]  # of one fetch
     on_lost: Callable[[str], None]
 
     def fail(self, reason: str) -> None:
@@ -81,20 +85,37 @@ class Landing:
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class Wanted:
+    """An announced block, and where it goes."""
+
     block: Block
-    wire: KVLayout  # as the sender encoded it
     landing: Landing
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """One fetch: ``run``'s blocks lie in ``region`` as far apart as in the peer's memory."""
+
+    run: tuple[Wanted, ...]
+    wire: KVLayout  # as the sender encoded them
     region: Region
     fetch_s: float
     fetched_at: float
+
+    def place(self, wanted: Wanted) -> int:
+        """Where the block begins in landing memory."""
+        return self.region.offset + wanted.block.offset - self.run[0].block.offset
+
+    def share_s(self, wanted: Wanted) -> float:
+        """The block's part of the time that the fetch took."""
+        return self.fetch_s * wanted.block.nbytes / sum(one.block.nbytes for one in self.run)
 
 
 class Lander:
     """Verifies fetched blocks, decodes them, and writes them in the dtype of ``layout``, whatever their sender's.
 
-    Blocks for pages on the ``accelerator``, in a codec that it has and in the pages' dtype, are decoded there, straight
-    into the pages. Its queue is bounded by the landing buffers that it holds.
+    Blocks in the pages' dtype, in a codec that knows pages, are decoded straight into those that their request says.
+    Its queue is bounded by the landing buffers that it holds.
     """
 
     def __init__(
@@ -103,7 +124,7 @@ class Lander:
         self._pool, self._key, self._layout = pool, key, layout
         self._dtype = TORCH_DTYPES[layout.dtype]
         self._accelerator = accelerator
-        self._paged = accelerator.codecs(CODECS, layout) if accelerator else {}
+        self._paged = paged_codecs(accelerator, CODECS, layout)
         self._codecs = {
             (dtype, name): make_codec(name, replace(layout, dtype=dtype)) for dtype in DTYPES for name in CODECS
         }
@@ -125,38 +146,41 @@ class Lander:
 
     def _land_all(self) -> None:
         while (fetched := self._fetched.get()) is not None:
-            tell = self._landed(fetched)
-            self._pool.give(fetched.region)  # before anybody learns that the block has landed
-            tell()
+            arrived: dict[Landing, list[Arrived]] = {}
+            for wanted in fetched.run:
+                if (one := self._landed(fetched, wanted)) is not None:
+                    arrived.setdefault(wanted.landing, []).append(one)
+            self._pool.give(fetched.region)  # before anybody learns that a block has landed
+            for landing, some in arrived.items():
+                landing.on_arrived(tuple(some))
 
-    def _landed(self, fetched: Fetched) -> Callable[[], None]:
-        """Lands a block. What it returns tells how that went."""
-        landing, block, started = fetched.landing, fetched.block, time.monotonic()
+    def _landed(self, fetched: Fetched, wanted: Wanted) -> Arrived | None:
+        """Lands a block; None when nobody wants it any more, or its handoff was lost over it."""
+        block, landing, started = wanted.block, wanted.landing, time.monotonic()
         try:
-            if not self._land(fetched):
-                return lambda: None
+            if not self._land(fetched, wanted):
+                return None
         except CodecError as error:
-            return partial(landing.fail, f"block {block.seq}: {error}")
+            landing.fail(f"block {block.seq}: {error}")
+            return None
         except Exception as error:
             log.exception("%s: cannot write layer %d", block.request_id, block.layer)
-            return partial(landing.fail, f"cannot write: {error}")
-        now = time.monotonic()
-        work_s = fetched.fetch_s + now - started
-        return partial(
-            landing.on_arrived, Arrived(block.seq, block.nbytes, fetched.fetched_at, now, work_s, fetched.fetch_s)
-        )
+            landing.fail(f"cannot write: {error}")
+            return None
+        now, fetch_s = time.monotonic(), fetched.share_s(wanted)
+        return Arrived(block.seq, block.nbytes, fetched.fetched_at, now, fetch_s + now - started, fetch_s)
 
-    def _land(self, fetched: Fetched) -> bool:
+    def _land(self, fetched: Fetched, wanted: Wanted) -> bool:
         """False when nobody wants the block any more. Raises :class:`CodecError`."""
-        block, landing = fetched.block, fetched.landing
-        data = self._pool.memory.view(fetched.region.offset, block.nbytes)
+        block, landing = wanted.block, wanted.landing
+        data = self._pool.memory.view(fetched.place(wanted), block.nbytes)
         digest = block_digest(
             data, request_id=block.request_id, epoch=block.epoch, layout=fetched.wire.fingerprint,
             layer=block.layer, start=block.start, count=block.count, codec=block.codec, key=self._key,
         )  # fmt: skip
         if digest != block.digest:
             raise CodecError("digest mismatch")
-        write = self._writer(fetched, data)
+        write = self._writer(fetched.wire, wanted, data)
         if not landing.gate.enter():
             return False
         try:
@@ -165,13 +189,13 @@ class Lander:
             landing.gate.leave()
         return True
 
-    def _writer(self, fetched: Fetched, data: memoryview) -> Callable[[], None]:
-        """What puts a block into its request's pages; decoded before, where that takes the CPU alone."""
-        block, write = fetched.block, fetched.landing.write
-        paged = self._paged.get(block.codec) if fetched.wire.dtype == self._layout.dtype else None
+    def _writer(self, wire: KVLayout, wanted: Wanted, data: memoryview) -> Callable[[], None]:
+        """What puts a block into its request's pages; decoded before, where its codec does not know pages."""
+        block, write = wanted.block, wanted.landing.write
+        paged = self._paged.get(block.codec) if wire.dtype == self._layout.dtype else None
         if isinstance(write, Paged) and paged is not None:
             return partial(_decode_there, paged, write, block, data)
-        decoded = self._codecs[fetched.wire.dtype, block.codec].decode(data, block.count)
+        decoded = self._codecs[wire.dtype, block.codec].decode(data, block.count)
         keys, values = (half.to(self._dtype) for half in decoded)
         if isinstance(write, Paged):
             return lambda: write.locate(block.layer, block.start, block.count).scatter(keys, values)
@@ -188,19 +212,21 @@ class Puller:
 
     def __init__(
         self, source: Source, pool: BufferPool, lander: Lander, wire: KVLayout,
-        *, stall_s: float, on_broken: Callable[[str], object], name: str,
+        *, most_bytes: int, stall_s: float, on_broken: Callable[[str], object], name: str,
     ) -> None:  # fmt: skip
+        """``most_bytes``: of one fetch; the largest block has as many."""
         self._source, self._pool, self._lander, self._wire = source, pool, lander, wire
-        self._stall_s = stall_s
+        self._most_bytes, self._stall_s = most_bytes, stall_s
         self._on_broken = on_broken
-        self._wanted: queue.SimpleQueue[tuple[Block, Landing] | None] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[Wanted | None] = queue.SimpleQueue()
+        self._behind: Wanted | None = None  # taken from the queue, and not part of the run before it
         self._stopped = False
         self._unended: list[Callable[[], bool]] = []
         self._thread = threading.Thread(target=self._run, name=f"kv-pull-{name}", daemon=True)
         self._thread.start()
 
     def pull(self, block: Block, landing: Landing) -> None:
-        self._wanted.put((block, landing))
+        self._wanted.put(Wanted(block, landing))
 
     def carrier(self) -> str:
         """What carries the bytes, as the transport itself says."""
@@ -227,28 +253,48 @@ class Puller:
 
     def _run(self) -> None:
         try:
-            while (job := self._wanted.get()) is not None:
-                block, landing = job
-                if not self._stopped and not landing.gate.closed:
-                    self._pull(block, landing)
+            while (first := self._next()) is not None:
+                if not self._stopped and not first.landing.gate.closed:
+                    self._pull(self._run_from(first))
         except Exception as error:
             log.exception("pulling from a peer failed")
             self._stopped = True
             self._on_broken(f"cannot pull: {error}")
 
-    def _pull(self, block: Block, landing: Landing) -> None:
-        region = self._pool.take(block.nbytes, timeout_s=self._stall_s)
+    def _next(self) -> Wanted | None:
+        behind, self._behind = self._behind, None
+        return behind or self._wanted.get()
+
+    def _run_from(self, first: Wanted) -> tuple[Wanted, ...]:
+        """``first``, and what was announced by now that lies behind it in the peer's memory, within one fetch."""
+        run, start = [first], first.block.offset
+        with contextlib.suppress(queue.Empty):
+            while (wanted := self._wanted.get_nowait()) is not None:
+                block, last = wanted.block, run[-1].block
+                beside = block.offset == aligned(last.offset + last.nbytes)
+                if not beside or block.offset + block.nbytes - start > self._most_bytes or wanted.landing.gate.closed:
+                    self._behind = wanted
+                    return tuple(run)
+                run.append(wanted)
+            self._wanted.put(None)  # for ``_next``: nothing follows it
+        return tuple(run)
+
+    def _pull(self, run: tuple[Wanted, ...]) -> None:
+        start, last = run[0].block.offset, run[-1].block
+        nbytes = last.offset + last.nbytes - start
+        region = self._pool.take(nbytes, timeout_s=self._stall_s)
         if region is None:
-            landing.fail(f"no landing buffer became free within {self._stall_s:g} s")
+            for wanted in run:
+                wanted.landing.fail(f"no landing buffer became free within {self._stall_s:g} s")
             return
         started = time.monotonic()
         try:
-            self._source.fetch(block.offset, block.nbytes, region.offset, self._stall_s)
+            self._source.fetch(start, nbytes, region.offset, self._stall_s)
         except FetchLost as error:
             self._give_up(region, error)
             return
         now = time.monotonic()
-        self._lander.put(Fetched(block, self._wire, landing, region, now - started, now))
+        self._lander.put(Fetched(run, self._wire, region, now - started, now))
 
     def _give_up(self, region: Region, error: FetchLost) -> None:
         if error.ended is None:

@@ -37,13 +37,14 @@ class Outgoing:
         )
         self._feed = Feed(
             self._dispatch, allowed, f"{ticket.host}:{ticket.port}", route, gather,
-            on_staged=partial(self._post, self._announce),
+            on_staged=self._staged,
             on_idle=partial(self._post, self._wake),
             on_failed=partial(self._post, self.lose),
         )  # fmt: skip
         self._link: SenderLink | None = None
         self._attached = False
-        self._unsent: deque[Block] = deque()  # staged before the connection was ready
+        self._unsent: deque[Block] = deque()  # staged, and the peer does not know
+        self._announcing = False  # a call of ``_announce`` is on its way
         self._told = 0  # blocks of which the peer knows
         self._over = asyncio.Event()
         self._moved = asyncio.Event()
@@ -110,9 +111,7 @@ class Outgoing:
         """The connection is ready: the peer may know."""
         self._attached = True
         self._send(Begin(self.request_id, self.epoch, self._tokens, self._ticket.codec))
-        while self._unsent:
-            self._tell(self._unsent.popleft())
-        self._advance()
+        self._announce()
 
     def received(self, record: Acks | Complete | Drop) -> None:
         match record:
@@ -128,16 +127,20 @@ class Outgoing:
                     self._dispatch.lose(f"decode worker: {record.reason}")
         self._settle()
 
-    def _announce(self, block: Block) -> None:
-        if self._attached:
-            self._tell(block)
-        else:
-            self._unsent.append(block)
-        self._advance()
+    def _staged(self, block: Block) -> None:
+        """Called on the encoder's thread; many blocks may share one call of the event loop, and one write."""
+        self._unsent.append(block)
+        if not self._announcing:
+            self._announcing = True
+            self._post(self._announce)
 
-    def _tell(self, block: Block) -> None:
-        self._told += 1
-        self._send(block)
+    def _announce(self) -> None:
+        self._announcing = False  # before looking: what is staged from now on is announced by another call
+        if self._attached:
+            blocks = [self._unsent.popleft() for _ in range(len(self._unsent))]
+            self._told += len(blocks)
+            self._send(*blocks)
+        self._advance()
 
     def _advance(self) -> None:
         """Commits when everything is staged and announced."""
@@ -151,9 +154,9 @@ class Outgoing:
     def _wake(self) -> None:
         self._moved.set()
 
-    def _send(self, record: object) -> None:
+    def _send(self, *records: object) -> None:
         if self._link is not None and self._dispatch.outcome is None:
-            self._link.send(record)
+            self._link.send(*records)
 
     def _settle(self) -> None:
         """Once there is an outcome: tells the peer, frees the staging, wakes whoever waits."""

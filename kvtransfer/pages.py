@@ -1,8 +1,9 @@
-"""KV that stays in an accelerator's pages: a worker says where tokens lie, codecs' kernels read or write them there.
+"""KV that stays in its pages: a worker says where tokens lie, codecs read or write them there.
 
-The sending side's thread and the receiving side's each have a stream of their own, so that neither waits for the
-model's queue nor the model for theirs; whoever says where tokens lie also makes the calling thread's stream wait for
-what must have happened to them. Host memory at both ends of the copies is registered with the driver.
+In host memory that saves a copy at either end. On an accelerator codecs' kernels do it: the sending side's thread and
+the receiving side's each have a stream of their own, so that neither waits for the model's queue nor the model for
+theirs; whoever says where tokens lie also makes the calling thread's stream wait for what must have happened to them.
+Host memory at both ends of the copies is registered with the driver.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from baton.errors import ConfigError
 from baton.layout import KVLayout
 from kvtransfer.arena import HostMemory
+from kvtransfer.codecs.host_rows import HostRaw, gather_rows, scatter_rows
 from kvtransfer.codecs.paged import Kernels, PagedCodec, make_paged, wait_for
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
@@ -34,12 +36,21 @@ class Rows:
     slots: Tensor
 
     def gather(self) -> tuple[Tensor, Tensor]:
-        """Copies of K and V, [count, kv_heads, head_dim] each, on the device: for codecs that only the CPU has."""
-        keys, values = self.layer.index_select(0, self.slots).chunk(2, dim=1)
+        """Copies of K and V, [count, kv_heads, head_dim] each, on the device: for codecs that do not know pages."""
+        if self.layer.is_cpu:
+            both = self.layer.new_empty(len(self.slots), *self.layer.shape[1:])
+            gather_rows(self.layer, self.slots, both)
+        else:
+            both = self.layer.index_select(0, self.slots)
+        keys, values = both.chunk(2, dim=1)
         return keys, values
 
     def scatter(self, keys: Tensor, values: Tensor) -> None:
         """Writes K and V of any dtype, from any device; they are in the pages when it returns."""
+        if self.layer.is_cpu:
+            for rows, half in zip(self.layer.chunk(2, dim=1), (keys, values), strict=True):
+                scatter_rows(rows, self.slots, half.to(self.layer))
+            return
         self.layer.index_copy_(0, self.slots, torch.cat((keys, values), dim=1).to(self.layer))
         wait_for(self.layer)
 
@@ -49,6 +60,13 @@ class Paged:
     """A request's pages: ``locate(layer, start, count)`` is called on the thread that lands, for every block."""
 
     locate: Callable[[int, int, int], Rows]
+
+
+def paged_codecs(accelerator: Accelerator | None, names: Iterable[str], layout: KVLayout) -> dict[str, PagedCodec]:
+    """Those of ``names`` that read and write pages themselves: on the accelerator, or in host memory."""
+    if accelerator is not None:
+        return accelerator.codecs(names, layout)
+    return {name: HostRaw(layout) for name in names if name == HostRaw.name}
 
 
 @dataclass(frozen=True, slots=True)

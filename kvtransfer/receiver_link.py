@@ -115,8 +115,8 @@ class ReceiverLink:
         )  # fmt: skip
         self._wire = ground.wires[attach.dtype]
         puller = Puller(
-            source, ground.pool, ground.lander, self._wire.layout, stall_s=ground.stall_s, name=attach.worker_id,
-            on_broken=self._break,
+            source, ground.pool, ground.lander, self._wire.layout, most_bytes=self._wire.largest_block,
+            stall_s=ground.stall_s, on_broken=self._break, name=attach.worker_id,
         )  # fmt: skip
         self._send(Welcome(ground.worker_id, ground.generation, ground.speeds, probe))
         return puller

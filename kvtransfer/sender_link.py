@@ -74,13 +74,13 @@ class SenderLink:
         elif len(self._dismissed) < _MAX_DISMISSED:
             self._dismissed.append(drop)
 
-    def send(self, record: object) -> None:
+    def send(self, *records: object) -> None:
         """Raises nothing: a broken connection ends the link, which loses its handoffs."""
         if self._stream is None:
             return
         self._sent_at = time.monotonic()
         try:
-            self._stream.send(record)
+            self._stream.send(*records)
         except Unavailable as error:
             log.info("kv link to %s:%d: %s", self._host, self._port, error)
             self._stream.abort()

@@ -27,6 +27,7 @@ from baton.request import TokenEvent, Work
 from baton.secure import load_key
 from baton.tasks import Jobs
 from engine.build import build_engine
+from engine.cache import KVCache
 from engine.device_pages import device_pages
 from engine.engine import BROKEN, Chunk, Engine
 from engine.loop import EngineLoop
@@ -190,8 +191,10 @@ class PrefillWorker:
         request_id = message.work.request_id
 
         def gather(layer: int, start: int, count: int) -> tuple[Tensor, Tensor] | Rows:
+            cache = self._engine.cache
             if self._on_device is None:
-                return self._engine.cache.gather(layer, job.pages, start, count)
+                at = (layer, job.pages, start, count)
+                return Rows(*cache.locate(*at)) if isinstance(cache, KVCache) else cache.gather(*at)
             job.written[layer]()
             return Rows(*self._on_device.locate(layer, job.pages, start, count))
 

@@ -382,9 +382,53 @@ int dequantise_even(const bf16 *steps, const bf16 *middles, const int8_t *in, in
   return wrong;
 }
 
+// One head of every token from ``from`` to ``to``; the compiler copies pieces of a known size with a few wide moves.
+template <int64_t BYTES>
+void copy_heads(const uint8_t *from, uint8_t *to, int heads, int64_t from_stride, int64_t to_stride, int64_t nbytes) {
+  const int64_t size = BYTES ? BYTES : nbytes;
+  for (int h = 0; h < heads; ++h) std::memcpy(to + h * to_stride, from + h * from_stride, size);
+}
+
+using Copy = void (*)(const uint8_t *, uint8_t *, int, int64_t, int64_t, int64_t);
+
+Copy copy_for(int64_t nbytes) {
+  switch (nbytes) {
+    case 128: return copy_heads<128>;
+    case 256: return copy_heads<256>;
+    case 512: return copy_heads<512>;
+    default: return copy_heads<0>;
+  }
+}
+
+int outside(const int64_t *slots, int64_t count, int64_t rows) {
+  int wrong = 0;
+  for (int64_t t = 0; t < count; ++t) wrong |= static_cast<uint64_t>(slots[t]) >= static_cast<uint64_t>(rows);
+  return wrong;
+}
+
 }  // namespace
 
 extern "C" {
+
+// Heads of ``head_bytes`` between rows of pages, ``row_bytes`` apart, and a tensor of any token and head strides (in
+// bytes). Nothing is copied where a slot is outside the ``rows``.
+int baton_gather(const uint8_t *pages, int64_t rows, int64_t row_bytes, const int64_t *slots, int64_t count, int heads,
+                 int64_t head_bytes, uint8_t *to, int64_t token_stride, int64_t head_stride) {
+  if (outside(slots, count, rows)) return 1;
+  const Copy copy = copy_for(head_bytes);
+  for (int64_t t = 0; t < count; ++t)
+    copy(pages + slots[t] * row_bytes, to + t * token_stride, heads, head_bytes, head_stride, head_bytes);
+  return 0;
+}
+
+int baton_scatter(uint8_t *pages, int64_t rows, int64_t row_bytes, const int64_t *slots, int64_t count, int heads,
+                  int64_t head_bytes, const uint8_t *from, int64_t token_stride, int64_t head_stride) {
+  if (outside(slots, count, rows)) return 1;
+  const Copy copy = copy_for(head_bytes);
+  for (int64_t t = 0; t < count; ++t)
+    copy(from + t * token_stride, pages + slots[t] * row_bytes, heads, head_stride, head_bytes, head_bytes);
+  return 0;
+}
 
 int baton_quantise(const void *x, int brain, int channels, int64_t count, int64_t row_stride, int heads, int head_dim,
                    int group, float top, int width, int e4m3, bf16 *scales, bf16 *middles, uint8_t *out) {

@@ -28,6 +28,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "split16": [_POINTER, _LONG, _LONG, _INT, _INT, *[_POINTER] * 2],
     "join32": [*[_POINTER] * 3, _LONG, _POINTER],
     "join16": [*[_POINTER] * 2, _LONG, _POINTER],
+    "gather": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _LONG, _POINTER, _LONG, _LONG],
+    "scatter": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _LONG, _POINTER, _LONG, _LONG],
 }
 
 
@@ -45,6 +47,7 @@ class Library:
         self.pack, self.unpack = function("pack"), function("unpack")
         self.split32, self.split16 = function("split32"), function("split16")
         self.join32, self.join16 = function("join32"), function("join16")
+        self.gather, self.scatter = function("gather", _INT), function("scatter", _INT)
 
 
 @functools.cache
