@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PACKAGES := baton router prefill_worker decode_worker kvtransfer engine placement deploy
 WITHOUT_CLUSTERS := tests/property tests/fuzz tests/unit tests/gpu
 ON_CLUSTERS := tests/cluster tests/e2e
@@ -19,12 +20,11 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv with everything in it (once)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Baton needs Python 3.11 or newer; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time takes a few minutes"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	@$(INSTALL) --editable '.[dev,bench]'
 	@touch $@
 
 check: setup ## format, lint, types, import layers, generated code, GPU kernels
@@ -43,7 +43,7 @@ test: setup ## every test but the slow ones and those that need a GPU
 	$(BIN)/pytest -m 'not slow and not gpu' $(ON_CLUSTERS)
 
 fuzz: setup ## fuzz every parser of bytes from the wire; FUZZ_S=60 is for how long each
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench,fuzz]'
+	@$(INSTALL) --editable '.[dev,bench,fuzz]'
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_S)
 
 test-slow: setup ## the slow tests
