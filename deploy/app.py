@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,14 +46,22 @@ log = logging.getLogger(__name__)
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application for the configuration tree ``args``; raises ConfigError for a bad one."""
+    """The application for the configuration tree ``args``, with the options that follow from it alone.
+
+    Raises ConfigError for a bad one. Serve puts the options that its config file lists in place of these.
+    """
+    return assemble(args, deployments(parse(args)))
+
+
+def assemble(args: dict[str, Any], options: Sequence[Mapping[str, Any]]) -> Application:
+    """As :func:`build`, with ``options`` of the deployments: those of :func:`deploy.serve_config.deployments`."""
     config = parse(args)
     if config.handoff.transport == "loopback" and config.prefill.replicas:
         raise ConfigError("loopback joins workers of one process only; use nixl or tcp", field="handoff.transport")
     tree = config.model_dump()
     # gRPC methods and the HTTP application of one class, in one process
     classes = {"prefill": PrefillReplica, "decode": DecodeReplica, "router": serve.ingress()(RouterReplica)}
-    *pools, router = (serve.deployment(classes[options["name"]], **options) for options in deployments(config))
+    *pools, router = (serve.deployment(classes[one["name"]], **one) for one in options)
     return router.bind(tree, [pool.bind(tree) for pool in pools])
 
 

@@ -18,6 +18,7 @@ SERVICER_FUNCTIONS = (
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
 SCALING_POLICY = "deploy.scaling.LoadPolicy"
+ONLY_SERVES = ("min_replicas", "max_replicas", "target_load", "surge_percent")  # keys of a pool
 
 ROUTER_CPUS = 0.1
 HEALTH_CHECK_S = 2.0
@@ -43,14 +44,29 @@ def serve_config(config: Config) -> dict[str, Any]:
 
 
 def application(config: Config) -> dict[str, Any]:
-    """The application. Its arguments are the keys of ``config`` that differ from the defaults."""
+    """The application, as :func:`arguments` and :func:`deployments` have it."""
     return {
         "name": config.name,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
-        "args": config.model_dump(exclude_defaults=True),
+        "args": arguments(config),
         "deployments": deployments(config),
     }
+
+
+def arguments(config: Config) -> dict[str, Any]:
+    """What replicas are told: the keys of ``config`` that differ from the defaults and that they act on.
+
+    Numbers that only Serve acts on stay out, for Serve restarts every replica when an argument changes (ADR 14).
+    """
+    tree = config.model_dump(exclude_defaults=True)
+    pools = {"prefill": config.prefill, "decode": config.decode}
+    shared = any(pool.replicas and not pool.threads for pool in pools.values())  # the cores, by the number of workers
+    for role, pool in pools.items():
+        left_out = ONLY_SERVES if shared or not pool.replicas else (*ONLY_SERVES, "replicas")
+        tree[role] = {key: value for key, value in tree.get(role, {}).items() if key not in left_out}
+    tree["router"] = {key: value for key, value in tree.get("router", {}).items() if key != "replicas"}
+    return {key: value for key, value in tree.items() if value != {}}
 
 
 def deployments(config: Config) -> list[dict[str, Any]]:
@@ -87,6 +103,7 @@ def _router(config: Config) -> dict[str, Any]:
         "name": "router",
         "num_replicas": router.replicas,
         "max_ongoing_requests": 2 * router.max_inflight,  # the router refuses before Serve would queue
+        "max_queued_requests": router.max_inflight,  # and what queues all the same is bounded; Serve's default is not
         "ray_actor_options": {"num_cpus": ROUTER_CPUS, "resources": router.resources},
         "health_check_period_s": HEALTH_CHECK_S,
         "graceful_shutdown_timeout_s": router.drain_s + GRACE_S,

@@ -116,7 +116,7 @@ def start_serve(tree: Mapping[str, Any]) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
 
-    from deploy.app import build
+    from deploy.app import assemble
 
     serve.start(
         proxy_location=tree["proxy_location"],
@@ -124,7 +124,8 @@ def start_serve(tree: Mapping[str, Any]) -> None:
         grpc_options=gRPCOptions(**tree["grpc_options"]),
     )
     for app in tree["applications"]:
-        serve.run(build(app["args"]), name=app["name"], route_prefix=app["route_prefix"])
+        target = assemble(app["args"], app["deployments"])
+        serve.run(target, name=app["name"], route_prefix=app["route_prefix"])
 
 
 def _serve(config: Config, folder: Path, stop: threading.Event) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve._private.build_app import build_app
+from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.config import AutoscalingConfig
 from ray.serve.deployment import deployment_to_schema
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeDeploySchema
@@ -17,8 +18,8 @@ from baton.config import Config, parse
 from baton.errors import ConfigError
 from baton.messages import Load
 from deploy import scaling
-from deploy.app import build
-from deploy.serve_config import application, deployments, serve_config
+from deploy.app import assemble, build
+from deploy.serve_config import ONLY_SERVES, application, deployments, serve_config
 
 CONFIGS = {
     "defaults": {},
@@ -40,7 +41,7 @@ def options(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_local_start_gives_serve_what_the_file_lists(name: str) -> None:
     app = application(parse(CONFIGS[name]))
-    built = build_app(build(app["args"]), name=app["name"])
+    built = build_app(assemble(app["args"], app["deployments"]), name=app["name"])
     local = {one.name: comparable(deployment_to_schema(one)) for one in built.deployments}
     listed = {one["name"]: comparable(DeploymentSchema(**one)) for one in app["deployments"]}
     assert local == listed
@@ -60,9 +61,50 @@ def comparable(schema: DeploymentSchema) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_serve_takes_it_and_the_arguments_are_the_configuration(name: str) -> None:
     config = parse(CONFIGS[name])
-    tree = serve_config(config)
-    assert ServeDeploySchema.model_validate(tree).applications[0].name == config.name
-    assert parse(tree["applications"][0]["args"]) == config
+    (app,) = ServeDeploySchema.model_validate(serve_config(config)).applications
+    assert app.name == config.name
+    assert for_replicas(parse(app.args)) == for_replicas(config)
+    build_app(build(app.args), name=app.name)  # what Serve does with it on a cluster, before it puts the file's options
+
+
+def for_replicas(config: Config) -> dict[str, Any]:
+    """Everything but what only Serve acts on."""
+    tree = config.model_dump()
+    for role in ("prefill", "decode"):
+        tree[role] = {key: value for key, value in tree[role].items() if key not in ONLY_SERVES}
+    del tree["router"]["replicas"]
+    return tree
+
+
+def code_version(tree: dict[str, Any]) -> str:
+    """What Serve compares: another one restarts every replica."""
+    (app,) = ServeDeploySchema.model_validate(serve_config(parse(tree))).applications
+    return get_app_code_version(app)
+
+
+def pools(**decode: Any) -> dict[str, Any]:
+    return {"prefill": {"threads": 2}, "decode": {"threads": 2, "min_replicas": 1, **decode}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (pools(replicas=2), pools(replicas=3)),
+        (pools(max_replicas=2), pools(replicas=2, max_replicas=8)),
+        (pools(), pools(surge_percent=0)),
+        (pools(), {**pools(), "router": {"replicas": 2}}),
+    ],
+)
+def test_a_number_of_replicas_restarts_none(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert deployments(parse(before)) != deployments(parse(after))
+    assert code_version(before) == code_version(after)
+
+
+def test_what_replicas_act_on_restarts_them() -> None:
+    assert code_version(pools()) != code_version(pools(max_running=7))
+    assert code_version(pools()) != code_version({**pools(), "prefill": {"replicas": 0}})
+    # Workers that divide the cores by their number must know it.
+    assert code_version({"decode": {"replicas": 2}}) != code_version({"decode": {"replicas": 3}})
 
 
 def test_a_worker_asks_for_all_its_ranks_at_once() -> None:
