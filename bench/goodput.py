@@ -101,10 +101,10 @@ async def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         await target.connect(CONNECT_S)
         models = await target.stub(0).ListModels(pb.ListModelsRequest(), timeout=CONNECT_S)
         document = _preamble(chosen, await _status(target))
-        for rate_per_s in chosen.sweep or [chosen.rate]:
+        for number, rate_per_s in enumerate(chosen.sweep or [chosen.rate]):
             planned = plan(chosen, rate_per_s, models.models[0].max_context_tokens)
             mean_rate = rate_per_s or (len(planned) - 1) / max(planned[-1].at_s, 1e-9)
-            asks = _asks(chosen, planned, models.models[0])
+            asks = _asks(planned, models.models[0], chosen.codec, random.Random(f"{chosen.seed}/{number}"))
             records = await run(target, asks, timeout_s=chosen.timeout, stop=stop, progress=_progress(mean_rate, asks))
             kept = [record for record in records if record.status != CUT_OFF and record.index >= chosen.warmup]
             document["runs"].append(_outcome(mean_rate, kept, slo))
@@ -121,9 +121,11 @@ async def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def _asks(chosen: argparse.Namespace, planned: Sequence[workload.Planned], model: pb.Model) -> list[Ask]:
-    """Built before the clock starts, so that building costs no request any time."""
-    rng = random.Random(chosen.seed + 1)
+def _asks(planned: Sequence[workload.Planned], model: pb.Model, codec: str, rng: random.Random) -> list[Ask]:
+    """Built before the clock starts, so that building costs no request any time.
+
+    ``rng``: another one for every rate, else prefix caches would know the later ones' prompts from the first.
+    """
     ends = set(model.eos_token_ids)
     allowed = [token for token in range(model.vocab_size) if token not in ends]
     return [
@@ -132,7 +134,7 @@ def _asks(chosen: argparse.Namespace, planned: Sequence[workload.Planned], model
             pb.GenerateRequest(
                 token_ids=pb.TokenIds(ids=workload.prompt_ids(index, one.prompt_tokens, allowed, rng)),
                 sampling=pb.Sampling(temperature=0.0, max_tokens=one.output_tokens, ignore_eos=True),
-                handoff=pb.Handoff(codec=chosen.codec),
+                handoff=pb.Handoff(codec=codec),
             ),
         )
         for index, one in enumerate(planned)
