@@ -76,7 +76,12 @@ class RouterReplica:
         context = serve.get_replica_context()
         self._service = InferenceService(config, folder, router_id=context.replica_id.unique_id)
         roles: tuple[Role, ...] = ("prefill", "decode") if config.prefill.replicas else ("decode",)
-        self._directory = Directory(self._service.pools, context.app_name, roles)
+        self._directory = Directory(self._service.pools, context.replica_id, roles, self._service.health.listed)
+
+    async def __del__(self) -> None:
+        """Serve awaits it when this replica must go and its calls have ended: the last spans leave with it."""
+        self._directory.close()
+        await self._service.close()
 
     async def Generate(  # noqa: N802 - gRPC's name
         self, request: bytes, grpc_context: RayServegRPCContext
@@ -112,12 +117,12 @@ class RouterReplica:
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
-        return self._service.health(request.service, grpc_context)
+        return self._service.health.check(request.service, grpc_context)
 
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        async for response in self._service.watch_health(request.service):
+        async for response in self._service.health.watch(request.service, grpc_context):
             yield response
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

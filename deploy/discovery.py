@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.serve._private.common import DeploymentID, DeploymentTargetInfo
+from ray.serve._private.common import DeploymentID, DeploymentTargetInfo, ReplicaID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 
@@ -22,16 +23,24 @@ log = logging.getLogger(__name__)
 
 
 class Directory:
-    """Keeps ``pools`` in step with the running replicas of application ``app_name`` until closed."""
+    """Keeps ``pools`` in step with the running replicas of the router ``own``'s application until closed.
 
-    def __init__(self, pools: Pools, app_name: str, roles: tuple[Role, ...]) -> None:
+    ``listed`` is told, at every change, whether ``own`` is among the routers that run: Serve tells a replica itself
+    that it must go only when its calls have ended.
+    """
+
+    def __init__(self, pools: Pools, own: ReplicaID, roles: tuple[Role, ...], listed: Callable[[bool], None]) -> None:
         self._pools = pools
+
+        def routers(targets: DeploymentTargetInfo) -> None:
+            listed(any(replica.replica_id == own for replica in targets.running_replicas))
+
+        app_name = own.deployment_id.app_name
+        listeners = {DeploymentID(role, app_name): self._listener(role) for role in roles}
+        listeners[own.deployment_id] = routers
         self._client = LongPollClient(
             ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE),
-            {
-                (LongPollNamespace.DEPLOYMENT_TARGETS, DeploymentID(role, app_name)): self._listener(role)
-                for role in roles
-            },
+            {(LongPollNamespace.DEPLOYMENT_TARGETS, name): listener for name, listener in listeners.items()},
             call_in_event_loop=asyncio.get_running_loop(),
             client_id=f"baton-router:{ray.get_runtime_context().get_actor_id()}",
         )

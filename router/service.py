@@ -21,12 +21,11 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health_pb2
 
 from baton.api_keys import ANYBODY, Caller
 from baton.config import Config
 from baton.config_routing import BLIND
-from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidRequest, NotFound, Overloaded
+from baton.errors import BatonError, DeadlineExceeded, Internal, InvalidRequest, Overloaded
 from baton.ledger import blend
 from baton.secure import load_key
 from baton.wire import inference_pb2 as pb
@@ -38,6 +37,7 @@ from router.dispatch import Dispatcher
 from router.entry import Entry
 from router.gate import Gate, Metadata
 from router.handlers import within_deadline
+from router.health import Health
 from router.interleave import interleave
 from router.observer import Observer, Seen
 from router.peers import Peer, Pools, Role, WorkerAddress
@@ -47,9 +47,7 @@ from router.run import Run
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-SERVICE_NAME = "baton.v1.Inference"
 LONG_INPUT_BYTES = 4 << 10  # longer inputs are tokenized on a thread: 4 KiB take about 3 ms of the event loop
-HEALTH_POLL_S = 0.25
 RETRY_AFTER_MS = 500
 
 
@@ -93,6 +91,7 @@ class InferenceService:
             retried=self._retried,
         )
         self.observer = Observer(config, router_id=router_id)
+        self.health = Health(lambda: self.ready)
         self._counters = Counters()
         self._refusals: Counter[str] = Counter()  # with RESOURCE_EXHAUSTED, by reason
         self._codec_tokens: Counter[str] = Counter()  # (layer, token) pairs handed over, by codec
@@ -295,30 +294,6 @@ class InferenceService:
                 **asdict(self._counters),
             ),
         )
-
-    # ---- grpc.health.v1
-
-    def health(self, service: str, context: status.Context) -> health_pb2.HealthCheckResponse:
-        if service not in ("", SERVICE_NAME):
-            status.set_on(context, NotFound("service", f"unknown service {service!r}; known: {SERVICE_NAME}"))
-        return self._health()
-
-    async def watch_health(self, service: str) -> AsyncGenerator[health_pb2.HealthCheckResponse]:
-        """The state at once, then every change, until the client leaves."""
-        if service not in ("", SERVICE_NAME):
-            yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-            return
-        told: health_pb2.HealthCheckResponse | None = None
-        while True:
-            current = self._health()
-            if current != told:
-                yield current
-                told = current
-            await asyncio.sleep(HEALTH_POLL_S)
-
-    def _health(self) -> health_pb2.HealthCheckResponse:
-        kinds = health_pb2.HealthCheckResponse
-        return kinds(status=kinds.SERVING if self.ready else kinds.NOT_SERVING)
 
 
 Message = TypeVar("Message", pb.GenerateRequest, pb.TokenizeRequest, pb.DetokenizeRequest)
