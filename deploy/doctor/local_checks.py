@@ -84,18 +84,19 @@ def compiler(machine: Machine) -> Finding:
 
 
 def tensor_parallel(config: Config, model: ModelFiles, found: Torch) -> list[Finding]:
-    """Degrees that the model or this version cannot run."""
+    """Degrees that the model does not divide into, or for which this machine has too few GPUs."""
     findings = []
     for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
         degree, key = pool.tensor_parallel, f"{name}.tensor_parallel"
-        if degree > 1 and found.devices:
+        if pool.gpus and degree > found.devices > 0:
             findings.append(
                 fail(
-                    "tensor parallel", key, f"is {degree} on a machine with GPUs",
-                    why="ranks on GPUs are not supported yet and are refused at start", fix=f"set {key}: 1",
+                    "tensor parallel", key, f"is {degree} on a machine with {found.devices} GPUs",
+                    why="a worker's ranks are on one machine and take a GPU each, so the workers refuse to start",
+                    fix=f"set {key} to {found.devices} or less",
                 )
             )  # fmt: skip
-        elif model.kv_heads and model.kv_heads % degree:
+        if model.kv_heads and model.kv_heads % degree:
             fitting = ", ".join(str(n) for n in range(1, model.kv_heads + 1) if model.kv_heads % n == 0)
             findings.append(
                 fail(

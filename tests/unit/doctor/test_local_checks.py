@@ -16,6 +16,7 @@ from baton.layout import KVLayout
 from deploy.doctor import local_checks as checks
 from deploy.doctor.facts import Machine, ModelFiles, Package, Port, Torch
 from deploy.doctor.findings import Finding, exit_code
+from engine.devices import means_for
 
 CPU, CUDA = Torch("2.13.0", "", 0), Torch("2.13.0", "12.6", 8)
 MACHINE = Machine(64 << 30, 48 << 30, "/tmp", 100 << 30, 50 << 30, "/usr/bin/g++")
@@ -76,15 +77,28 @@ def test_compiler() -> None:
     assert helps(checks.compiler(replace(MACHINE, compiler=""))) == "warn"
 
 
-def test_tensor_parallel_must_divide_the_heads_and_wait_for_gpus() -> None:
+def test_tensor_parallel_must_divide_the_heads() -> None:
     assert checks.tensor_parallel(CONFIG, MODEL, CPU) == []
     assert checks.tensor_parallel(config(prefill={"tensor_parallel": 3}), MODEL, CPU) == []
     (finding,) = checks.tensor_parallel(config(decode={"tensor_parallel": 2}), MODEL, CPU)
     assert helps(finding) == "fail"
     assert finding.fix == "set decode.tensor_parallel to one of 1, 3"
-    (finding,) = checks.tensor_parallel(config(prefill={"tensor_parallel": 3}), MODEL, CUDA)
-    assert helps(finding) == "fail"
     assert checks.tensor_parallel(config(decode={"tensor_parallel": 2}), ModelFiles("m", ""), CPU) == []
+
+
+@pytest.mark.parametrize(("degree", "gpus", "refused"), [(8, 8, False), (8, 4, True), (2, 1, True), (4, 0, False)])
+def test_ranks_take_a_gpu_each_as_the_engine_has_it(degree: int, gpus: int, refused: bool) -> None:
+    tree = config(decode={"tensor_parallel": degree, "gpus": 1})
+    found = checks.tensor_parallel(tree, replace(MODEL, kv_heads=8), replace(CUDA, devices=gpus))
+    assert [helps(finding) for finding in found] == ["fail"] * refused
+    try:
+        means_for(degree, gpus, "x86_64")
+    except ConfigError:
+        assert refused
+    else:
+        assert not refused
+    on_cpus = config(decode={"tensor_parallel": degree})  # Ray shows no GPU to who asks for none
+    assert checks.tensor_parallel(on_cpus, replace(MODEL, kv_heads=8), replace(CUDA, devices=gpus)) == []
 
 
 @pytest.mark.parametrize(
