@@ -1,8 +1,10 @@
 """What admission makes of three times the load that can be served: `python -m bench.overload`.
 
 One prefill and one decode worker, a core each, under the default configuration but for the class that is offered: its
-objectives are `--ttft-ms` and `--tpot-ms`. First the capacity: requests per second of a closed loop without objectives,
-after a warm-up. Then an open loop (Poisson) at shares of it. Prompts are random ids, so that no cache helps.
+objectives are `--ttft-ms` and `--tpot-ms`. Every rate is an open loop (Poisson). First the capacity: rates rise until
+goodput no longer does, and the most goodput of any of them is what the service can do. A closed loop only says where to
+begin: its few clients leave the machine idle at times. Then multiples of the capacity. Prompts are random ids, so that
+no cache helps.
 
 admitted: not refused at once; whoever is shed later was admitted and missed. goodput: requests per second that met both
 objectives, of all that came in that span. refusal_ms: from sending to the refusal, at the client.
@@ -14,7 +16,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +31,12 @@ from deploy import local
 CLASS, FREE = "offered", "free"  # the class that is measured, and one without objectives
 TOKENS = range(100, 40_000)  # ordinary tokens of SmolLM2
 LATE = "SHED"  # the reason of those who were let in and sent away later
-CLOSED = 8  # requests at once, while the capacity is measured
+CLOSED = 8  # requests at once, while the first rate is looked for
+CLOSED_S = 10.0
+FIRST = 0.8  # of the closed loop's rate
+RISE = 1.3  # from one rate to the next
+FLAT = 2  # rates in a row whose goodput is no more than before: the end of the rise
+MOST_RATES = 8
 TIMEOUT_S = 60.0
 PROMISED = 0.9  # share of admitted requests that shall be in time, and of peak goodput that shall remain
 REFUSED_MS = 20.0
@@ -45,7 +52,7 @@ def _request(prompt: workload.Lengths, output: int, slo_class: str, rng: random.
     )
 
 
-async def capacity(target: Target, prompt: workload.Lengths, output: int, seconds: float) -> float:
+async def closed(target: Target, prompt: workload.Lengths, output: int, seconds: float) -> float:
     """Requests per second when ``CLOSED`` are always under way, over the second half of ``seconds``."""
     rng, ends = random.Random(1), list[float]()
     start_s = time.perf_counter()
@@ -75,6 +82,18 @@ async def offered(
     return await run(target, asks, timeout_s=TIMEOUT_S, stop=stop, progress=lambda sent, ended: None)
 
 
+async def sweep(measured: Callable[[float], Awaitable[dict[str, Any]]], first_per_s: float) -> list[dict[str, Any]]:
+    """Rows of rising rates, from ``first_per_s`` on, until goodput has not risen ``FLAT`` times in a row."""
+    rows = list[dict[str, Any]]()
+    peak, flat, rate_per_s = 0.0, 0, first_per_s
+    while flat < FLAT and len(rows) < MOST_RATES:
+        rows.append(await measured(rate_per_s))
+        goodput = rows[-1]["goodput_per_s"]
+        flat = 0 if goodput > peak else flat + 1
+        peak, rate_per_s = max(peak, goodput), RISE * rate_per_s
+    return rows
+
+
 def row(rate_per_s: float, share: float, records: Sequence[Record], slo: Slo) -> dict[str, Any]:
     """The figures of one rate."""
     refused = [one for one in records if one.status == "RESOURCE_EXHAUSTED" and one.reason != LATE]
@@ -101,17 +120,24 @@ def row(rate_per_s: float, share: float, records: Sequence[Record], slo: Slo) ->
 async def measure(
     address: str, shares: Sequence[float], *, seconds: float, prompt: workload.Lengths, output: int, slo: Slo
 ) -> dict[str, Any]:
-    """Every share in turn, the highest last."""
+    """The capacity, then every share of it in turn, the highest last."""
     async with Target(address, channels=2) as target:
         await target.connect(10.0)
-        reached = await capacity(target, prompt, output, seconds)
+
+        async def measured(rate_per_s: float, capacity_per_s: float) -> dict[str, Any]:
+            records = await offered(target, rate_per_s, seconds, prompt, output)
+            one = row(rate_per_s, rate_per_s / capacity_per_s, records, slo)
+            _tell(one)
+            return one
+
+        guess = await closed(target, prompt, output, CLOSED_S)
+        print(f"closed loop {guess:.2f} requests/s; looking for the most goodput", flush=True)
+        rising = await sweep(lambda rate_per_s: measured(rate_per_s, guess), FIRST * guess)
+        reached = max(one["goodput_per_s"] for one in rising)
         print(f"capacity {reached:.2f} requests/s", flush=True)
-        rows = []
-        for share in sorted(shares):
-            records = await offered(target, share * reached, seconds, prompt, output)
-            rows.append(row(share * reached, share, records, slo))
-            _tell(rows[-1])
-    peak = max(one["goodput_per_s"] for one in rows)
+        rising = [one | {"share_of_capacity": one["rate_per_s"] / reached} for one in rising]
+        rows = [await measured(share * reached, reached) for share in sorted(shares)]
+    peak = max(one["goodput_per_s"] for one in (*rising, *rows))
     last = rows[-1]
     verdict = {
         "admitted_met_share": last["admitted_met_share"],
@@ -122,6 +148,8 @@ async def measure(
     refusal_p99_ms = last["refusal_ms"].get("p99", 0.0)
     return {
         "capacity_per_s": reached,
+        "closed_loop_per_s": guess,
+        "rising": rising,
         "rows": rows,
         "at_most_load": verdict | {"refusal_p99_ms": refusal_p99_ms},
         "met": met and refusal_p99_ms <= REFUSED_MS,
@@ -141,8 +169,8 @@ def _tell(one: dict[str, Any]) -> None:
 @app.command()
 def main(
     *,
-    shares: Annotated[str, typer.Option(help="Of the capacity, with commas.")] = "0.7,1,1.5,3",
-    seconds: Annotated[float, typer.Option(help="Of every rate, and of the capacity's measurement.")] = 20.0,
+    shares: Annotated[str, typer.Option(help="Of the capacity, with commas.")] = "1.5,3",
+    seconds: Annotated[float, typer.Option(help="Of every rate.")] = 20.0,
     prompt: Annotated[str, typer.Option(help="Tokens: 64 or uniform:32:128.")] = "uniform:32:128",
     output: Annotated[int, typer.Option(help="Tokens.")] = 16,
     ttft_ms: Annotated[float, typer.Option(help="Objective for the first token.")] = 2000.0,

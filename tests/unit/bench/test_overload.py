@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from typing import Any
+
 import pytest
 
-from bench.overload import row
+from bench.overload import MOST_RATES, row, sweep
 from bench.stats import Record, Slo
 
 SLO = Slo(1.0, 0.1)
@@ -38,3 +41,23 @@ def test_whoever_is_shed_was_admitted_and_missed() -> None:
 def test_nobody_refused() -> None:
     figures = row(1.0, 0.5, [record(0, first_s=0.5), record(1, first_s=0.5)], SLO)
     assert (figures["refusal_ms"], figures["refused_within_20_ms"], figures["admitted_met_share"]) == ({}, 1.0, 1.0)
+
+
+def service(goodput: Callable[[float], float]) -> Callable[[float], Awaitable[dict[str, Any]]]:
+    async def measured(rate_per_s: float) -> dict[str, Any]:
+        return {"rate_per_s": rate_per_s, "goodput_per_s": goodput(rate_per_s)}
+
+    return measured
+
+
+async def test_the_capacity_is_found_above_the_first_rate() -> None:
+    """What serves all of up to 4/s and goes down after that, found from a guess that is too low."""
+    rows = await sweep(service(lambda rate: min(rate, 4.0) - max(0.0, rate - 5.0) / 10), 1.5)
+    assert max(one["goodput_per_s"] for one in rows) == pytest.approx(4.0, rel=0.1)
+    assert [one["rate_per_s"] > 4.0 for one in rows[-3:]] == [True, True, True]
+    assert rows[-1]["rate_per_s"] < 3 * 4.0
+
+
+async def test_the_search_ends() -> None:
+    assert len(await sweep(service(lambda rate: rate), 1.0)) == MOST_RATES
+    assert len(await sweep(service(lambda rate: 0.0), 1.0)) == 2
