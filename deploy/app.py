@@ -22,6 +22,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from starlette.types import ASGIApp
 
 from baton import logs
+from baton.api_keys import Caller
 from baton.config import Config, PoolConfig, parse
 from baton.errors import BatonError, ConfigError
 from baton.secure import require_key
@@ -93,26 +94,27 @@ class RouterReplica:
         self, request: bytes, grpc_context: RayServegRPCContext
     ) -> inference_pb2.TokenizeResponse:
         return await self._answer(
-            partial(self._service.tokenize, request), inference_pb2.TokenizeResponse(), grpc_context
+            lambda caller: self._service.tokenize(request, caller), inference_pb2.TokenizeResponse(), grpc_context
         )
 
     async def Detokenize(  # noqa: N802
         self, request: bytes, grpc_context: RayServegRPCContext
     ) -> inference_pb2.DetokenizeResponse:
         return await self._answer(
-            partial(self._service.detokenize, request), inference_pb2.DetokenizeResponse(), grpc_context
+            lambda caller: self._service.detokenize(request, caller), inference_pb2.DetokenizeResponse(), grpc_context
         )
 
     async def ListModels(  # noqa: N802
         self, request: bytes, grpc_context: RayServegRPCContext
     ) -> inference_pb2.ListModelsResponse:
-        return await self._answer(self._service.list_models, inference_pb2.ListModelsResponse(), grpc_context)
+        empty = inference_pb2.ListModelsResponse()
+        return await self._answer(lambda _: self._service.list_models(), empty, grpc_context)
 
     async def GetStatus(  # noqa: N802
         self, request: bytes, grpc_context: RayServegRPCContext
     ) -> inference_pb2.GetStatusResponse:
         empty = inference_pb2.GetStatusResponse()
-        return await self._answer(self._service.report, empty, grpc_context, for_operators=True)
+        return await self._answer(lambda _: self._service.report(), empty, grpc_context, for_operators=True)
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
@@ -130,13 +132,17 @@ class RouterReplica:
         return build_http(self._service)
 
     async def _answer(
-        self, call: Callable[[], T | Awaitable[T]], empty: T, context: RayServegRPCContext, for_operators: bool = False
+        self,
+        call: Callable[[Caller], T | Awaitable[T]],
+        empty: T,
+        context: RayServegRPCContext,
+        for_operators: bool = False,
     ) -> T:
-        """What ``call`` returns to those who may ask; an error becomes the status, beside an ``empty`` answer."""
+        """What ``call`` returns to a caller who may ask; an error becomes the status, beside an ``empty`` answer."""
         gate = self._service.gate
         try:
-            (gate.admit_operator if for_operators else gate.admit)(status.metadata(context))
-            answer = call()
+            caller = (gate.admit_operator if for_operators else gate.admit)(status.metadata(context))
+            answer = call(caller)
             return await answer if isinstance(answer, Awaitable) else answer
         except BatonError as error:
             status.set_on(context, error)

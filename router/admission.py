@@ -6,7 +6,8 @@
 Admitted requests wait at the router, since only what has not begun can still be reordered or refused cheaply; workers
 get just enough to stay busy. The line's order is that of deadlines (of the objective for the first token), in which
 each level of priority counts ``aging_s`` seconds. So whoever waits moves forward against all who come later, and the
-order of two requests never changes. The line is bounded.
+order of two requests never changes. The line is bounded; where it is full, a newcomer takes the place of a lower
+priority, or is refused.
 
 Before a request is let in, its place and everybody's start are worked out (``router.predict``). Whoever would then be
 late for his objective costs somebody his place: whoever has the lowest priority among those before him and himself, of
@@ -88,7 +89,8 @@ class Admission:
 
     def offer(self, claim: Claim, outlook: Outlook, now_s: float) -> list[Dropped]:
         """Lets ``claim`` into the line, or drops it at once; others that it displaces are dropped too."""
-        if len(self.waiting) >= self.max_waiting:
+        lower = [one for one in self.waiting if one.priority < claim.priority]
+        if len(self.waiting) >= self.max_waiting and not lower:
             message = f"{len(self.waiting)} requests are waiting already"
             return [Dropped(claim, "line_full", message, _retry_s(self._drain_s(outlook, now_s)))]
         line = list(self.waiting)
@@ -101,6 +103,8 @@ class Admission:
             )
             return [Dropped(claim, "tpot", message, _retry_s(self._drain_s(outlook, now_s)))]
         victims = self._displaced(line, seen, now_s, claim) if trusted else []
+        if len(line) - len(victims) > self.max_waiting:  # somebody below goes; of the lowest, who would come last
+            victims = [max(lower, key=lambda one: (-one.priority, self._rank(one)))]
         dropped = [
             self._refusal(one, outlook, now_s) if one is claim else self._shed(one, outlook, now_s) for one in victims
         ]

@@ -20,7 +20,7 @@ from baton.api_keys import Caller, TenantLimits
 from baton.config_admission import AdmissionConfig
 from baton.errors import RATE_LIMIT_EXCEEDED, DeadlineExceeded, Overloaded
 from router.admission import Admission, Claim, Dropped
-from router.limits import Limits
+from router.limits import Limits, Refusal
 from router.peers import Pools
 from router.predict import Learner, Outlook, outlook
 from router.validate import ParsedRequest
@@ -76,6 +76,10 @@ class Entry:
             self._ticker.cancel()
             await asyncio.wait([self._ticker], timeout=1.0)
 
+    def charge(self, caller: Caller) -> None:
+        """One more request of ``caller``, of which nothing was looked at yet. Raises :class:`Overloaded`."""
+        _check(self._limits.take_request(caller.tenant, time.monotonic(), caller.limits))
+
     @asynccontextmanager
     async def turn(
         self, parsed: ParsedRequest, caller: Caller, *, arrived_s: float, uncached_tokens: int
@@ -85,7 +89,7 @@ class Entry:
         Raises :class:`Overloaded` at once when it is refused, later when it is shed, and :class:`DeadlineExceeded`.
         """
         asked = len(parsed.prompt) + parsed.outputs * parsed.sampling.max_tokens
-        self._charge(caller, asked)
+        _check(self._limits.take_tokens(caller.tenant, asked, time.monotonic(), caller.limits))
         turn = self._offer(_claim(next(self._numbers), parsed, arrived_s, uncached_tokens))
         try:
             await self._wait(turn)
@@ -111,18 +115,15 @@ class Entry:
 
     # ---- one request
 
-    def _charge(self, caller: Caller, tokens: int) -> None:
-        refusal = self._limits.take(caller.tenant, tokens, time.monotonic(), caller.limits)
-        if refusal is not None:
-            retry_after_ms = math.ceil(1e3 * refusal.retry_after_s)
-            raise Overloaded(refusal.message, retry_after_ms=retry_after_ms, reason=RATE_LIMIT_EXCEEDED)
-
     def _offer(self, claim: Claim) -> Turn:
         now_s, seen = time.monotonic(), self._outlook()
         turn = Turn(claim, asyncio.get_running_loop().create_future(), now_s)
         turn.promised_s = self._admission.ttft_s(claim, seen, now_s)
         self._turns[claim.number] = turn
-        self._drop(self._admission.offer(claim, seen, now_s))
+        dropped = self._admission.offer(claim, seen, now_s)
+        for one in dropped:
+            self._turns[one.claim.number].overtaken = True  # by this one: no prediction was wrong
+        self._drop(dropped)
         self._advance()
         return turn
 
@@ -189,6 +190,12 @@ class Entry:
         prefills = [peer.view() for peer in self.pools.of("prefill")]
         decodes = [peer.view() for peer in self.pools.of("decode")]
         return outlook(prefills, decodes, self._learner.at(time.monotonic()))
+
+
+def _check(refusal: Refusal | None) -> None:
+    if refusal is not None:
+        retry_after_ms = math.ceil(1e3 * refusal.retry_after_s)
+        raise Overloaded(refusal.message, retry_after_ms=retry_after_ms, reason=RATE_LIMIT_EXCEEDED)
 
 
 def _claim(number: int, parsed: ParsedRequest, arrived_s: float, uncached_tokens: int) -> Claim:

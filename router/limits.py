@@ -1,8 +1,9 @@
 """How much a tenant may ask for: token buckets of requests and of tokens per minute. Pure: the time is an argument.
 
 A bucket holds a minute's worth and fills evenly. A request larger than the whole bucket passes when it is full and
-leaves a debt, so that no limit makes some request impossible. Tokens are taken as if all that were asked for came; what
-did not come is given back.
+leaves a debt, so that no limit makes some request impossible. A request counts before it is looked at, whatever becomes
+of it, since looking at it is work already. Tokens are taken once they are counted, as if all that were asked for came;
+what did not come is given back.
 """
 
 from __future__ import annotations
@@ -68,21 +69,15 @@ class Limits:
     default: TenantLimits = field(default_factory=TenantLimits)
     _accounts: dict[str, _Account] = field(default_factory=dict)
 
-    def take(self, tenant: str, tokens: int, now_s: float, own: TenantLimits | None = None) -> Refusal | None:
-        """Takes one request of ``tokens`` from ``tenant``, or nothing at all and says why. own: the tenant's limits."""
+    def take_request(self, tenant: str, now_s: float, own: TenantLimits | None = None) -> Refusal | None:
+        """Takes one request from ``tenant``, or says why not. own: the tenant's limits."""
         account = self._account(tenant, now_s, own or TenantLimits())
-        if account is None:
-            return None
-        for what, bucket, amount in (("requests", account.requests, 1), ("tokens", account.tokens, tokens)):
-            if bucket is not None and (wait_s := bucket.lacking_s(amount)) > 0.0:
-                left = max(0, math.floor(bucket.level))
-                message = f"{amount} {what} asked for, {left} left of {bucket.capacity} {what} per minute"
-                return Refusal(message, wait_s)
-        if account.requests is not None:
-            account.requests.level -= 1
-        if account.tokens is not None:
-            account.tokens.level -= tokens
-        return None
+        return _take(account.requests if account else None, 1, "requests")
+
+    def take_tokens(self, tenant: str, tokens: int, now_s: float, own: TenantLimits | None = None) -> Refusal | None:
+        """Takes ``tokens`` from ``tenant``, or none at all and says why."""
+        account = self._account(tenant, now_s, own or TenantLimits())
+        return _take(account.tokens if account else None, tokens, "tokens")
 
     def give_back(self, tenant: str, tokens: int, now_s: float) -> None:
         """``tokens`` of those taken were never computed."""
@@ -114,3 +109,13 @@ class Limits:
         for account in self._accounts.values():
             account.fill(now_s)
         self._accounts = {tenant: account for tenant, account in self._accounts.items() if not account.full}
+
+
+def _take(bucket: _Bucket | None, amount: int, what: str) -> Refusal | None:
+    if bucket is None:
+        return None
+    if (wait_s := bucket.lacking_s(amount)) > 0.0:
+        left = max(0, math.floor(bucket.level))
+        return Refusal(f"{amount} {what} asked for, {left} left of {bucket.capacity} {what} per minute", wait_s)
+    bucket.level -= amount
+    return None

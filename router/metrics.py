@@ -25,13 +25,19 @@ PROVIDER = "baton"  # gen_ai.provider.name
 class _Exposition(Collector):
     """Asks for the status anew at each scrape."""
 
-    def __init__(self, report: Callable[[], pb.GetStatusResponse], meters: Meters, unauthenticated: int) -> None:
-        self._report, self._meters, self._unauthenticated = report, meters, unauthenticated
+    def __init__(
+        self,
+        report: Callable[[], pb.GetStatusResponse],
+        meters: Meters,
+        usable: Mapping[str, int],
+        unauthenticated: int,
+    ) -> None:
+        self._report, self._meters, self._usable, self._unauthenticated = report, meters, usable, unauthenticated
 
     def collect(self) -> Iterator[Metric]:
         status = self._report()
         yield from _router(status)
-        yield from _workers(status)
+        yield from _workers(status, self._usable)
         yield from _served(self._meters, status.model)
         yield from _requests(self._meters)
         strangers = CounterMetricFamily("baton_router_unauthenticated", "Calls without a good API key.")
@@ -40,13 +46,19 @@ class _Exposition(Collector):
         yield from _handoffs(self._meters)
 
 
-def text(report: Callable[[], pb.GetStatusResponse], meters: Meters, *, unauthenticated: int = 0) -> bytes:
+def text(
+    report: Callable[[], pb.GetStatusResponse],
+    meters: Meters,
+    *,
+    usable: Mapping[str, int],
+    unauthenticated: int = 0,
+) -> bytes:
     """The exposition of what ``report`` and ``meters`` say now, in Prometheus's text format.
 
-    unauthenticated: calls that the gate turned away so far.
+    usable: workers by role that a request could go to now. unauthenticated: calls that the gate turned away so far.
     """
     registry = CollectorRegistry()
-    registry.register(_Exposition(report, meters, unauthenticated))
+    registry.register(_Exposition(report, meters, usable, unauthenticated))
     return generate_latest(registry)
 
 
@@ -68,11 +80,16 @@ def _router(status: pb.GetStatusResponse) -> Iterator[Metric]:
     yield from (about, inflight, waiting, requests, tokens)
 
 
-def _workers(status: pb.GetStatusResponse) -> Iterator[Metric]:
-    """Every field of Load, how old it is, and whether the worker is in use."""
+def _workers(status: pb.GetStatusResponse, usable: Mapping[str, int]) -> Iterator[Metric]:
+    """Every field of Load, how old it is, and whether the worker is trusted.
+
+    A pool in which all are suspected still serves: how many it can use is not how many are trusted.
+    """
     labels = ["role", "worker"]
     pools = GaugeMetricFamily("baton_pool_workers_ready", "Workers that the router can use.", labels=["role"])
-    ready = GaugeMetricFamily("baton_worker_ready", "1 while the router can use the worker.", labels=labels)
+    ready = GaugeMetricFamily(
+        "baton_worker_ready", "1 while the worker is connected, stays and is trusted.", labels=labels
+    )
     age = GaugeMetricFamily("baton_worker_load_age_seconds", "Since the worker last reported its load.", labels=labels)
     loads: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
         name: GaugeMetricFamily(f"baton_worker_{name}", f"Load.{name} of the contract.", labels=labels) for name in HELD
@@ -81,7 +98,7 @@ def _workers(status: pb.GetStatusResponse) -> Iterator[Metric]:
         loads[name] = CounterMetricFamily(f"baton_worker_{name}", f"Load.{name} of the contract.", labels=labels)
     for pool in status.pools:
         if pool.role == "decode" or status.transport:  # without a prefill pool nobody misses its workers
-            pools.add_metric([pool.role], sum(worker.state == pb.WORKER_STATE_READY for worker in pool.workers))
+            pools.add_metric([pool.role], usable.get(pool.role, 0))
         for worker in pool.workers:
             ready.add_metric([pool.role, worker.id], worker.state == pb.WORKER_STATE_READY)
             age.add_metric([pool.role, worker.id], worker.load_age_s)

@@ -19,6 +19,7 @@ from baton import logs
 from baton.config import Config
 from baton.errors import BatonError, Forbidden, InvalidRequest, NotFound, Overloaded, Unauthenticated
 from baton.wire import inference_pb2 as pb
+from router import validate
 from router.gate import Metadata
 from router.meters import Ended, Meters, Objectives
 from router.respond import Assembler
@@ -51,7 +52,8 @@ class Observer:
     def request(self, request: pb.GenerateRequest, arrived_s: float, metadata: Metadata) -> Iterator[Seen]:
         """Open from arrival to end. metadata: HTTP headers or gRPC metadata, which may name a trace."""
         operation = "chat" if request.WhichOneof("input") == "chat" else "text_completion"
-        seen = Seen(self.meters, operation, request.slo_class or self._default_class, arrived_s)
+        slo_class = request.slo_class or self._default_class
+        seen = Seen(self.meters, operation, slo_class, arrived_s, asked=validate.outputs(request))
         trace = TRACEPARENT.fullmatch(str(metadata.get("traceparent", "")))
         logs.about(trace_id=trace[1] if trace else "")
         if self.log_prompts:
@@ -105,6 +107,7 @@ class Seen:
     operation: str
     slo_class: str
     arrived_s: float
+    asked: int = 1  # outputs
     parsed: ParsedRequest | None = None
     error: str = ""
     outputs: list[Output] = field(default_factory=list)
@@ -116,7 +119,7 @@ class Seen:
     @property
     def outputs_left(self) -> int:
         """Outputs that were asked for and have not ended."""
-        return (self.parsed.outputs if self.parsed else 1) - sum(bool(output.finish) for output in self.outputs)
+        return self.asked - sum(bool(output.finish) for output in self.outputs)
 
     def understood(self, parsed: ParsedRequest) -> None:
         self.parsed = parsed

@@ -39,7 +39,7 @@ from router.gate import Gate, Metadata
 from router.handlers import within_deadline
 from router.health import Health
 from router.interleave import interleave
-from router.observer import Observer, Seen
+from router.observer import REJECTIONS, Observer, Seen
 from router.peers import Peer, Pools, Role, WorkerAddress
 from router.recovery import Patience
 from router.run import Run
@@ -47,7 +47,9 @@ from router.run import Run
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+ROLES: tuple[Role, ...] = ("prefill", "decode")
 LONG_INPUT_BYTES = 4 << 10  # longer inputs are tokenized on a thread: 4 KiB take about 3 ms of the event loop
+MOST_QUESTIONS = 32  # calls of Tokenize and Detokenize at a time; they share threads with prompts
 RETRY_AFTER_MS = 500
 
 
@@ -93,6 +95,7 @@ class InferenceService:
         self.observer = Observer(config, router_id=router_id)
         self.health = Health(lambda: self.ready)
         self._counters = Counters()
+        self._questions = 0  # that are being answered
         self._refusals: Counter[str] = Counter()  # with RESOURCE_EXHAUSTED, by reason
         self._codec_tokens: Counter[str] = Counter()  # (layer, token) pairs handed over, by codec
 
@@ -100,6 +103,10 @@ class InferenceService:
     def ready(self) -> bool:
         """Whether a request could be served now: a worker of every role it needs is connected."""
         return bool(self.pools.of("decode")) and (not self._disaggregated or bool(self.pools.of("prefill")))
+
+    def usable(self) -> dict[str, int]:
+        """How many workers of each role a request could go to now, those included that only do for want of others."""
+        return {role: len(self.pools.of(role)) for role in ROLES}
 
     async def close(self) -> None:
         await self._entry.close()
@@ -145,26 +152,24 @@ class InferenceService:
         caller: whom the gate let in; the request counts against that tenant's limits.
         metadata: HTTP headers or gRPC metadata, which may name the trace that this belongs to.
         """
-        with self.observer.request(request, arrived_s, metadata) as seen:
+        with self.observer.request(request, arrived_s, metadata) as seen, self._counted_in(validate.outputs(request)):
+            self._entry.charge(caller)
             parsed = await self._parse(request)
             seen.understood(parsed)
-            with self._counted_in(parsed.outputs):
-                uncached_tokens = self._choice.uncached(parsed.work(secrets.token_hex(8)))
-                async with self._entry.turn(
-                    parsed, caller, arrived_s=arrived_s, uncached_tokens=uncached_tokens
-                ) as turn:
-                    self._counters.accepted += parsed.outputs
-                    async with aclosing(self._outputs(parsed, seen)) as responses:
-                        async for response in responses:
-                            self._entry.came(turn, len(response.token_ids))
-                            yield response
+            uncached_tokens = self._choice.uncached(parsed.work(secrets.token_hex(8)))
+            async with self._entry.turn(parsed, caller, arrived_s=arrived_s, uncached_tokens=uncached_tokens) as turn:
+                self._counters.accepted += parsed.outputs
+                async with aclosing(self._outputs(parsed, seen)) as responses:
+                    async for response in responses:
+                        self._entry.came(turn, len(response.token_ids))
+                        yield response
 
     async def _parse(self, request: pb.GenerateRequest) -> validate.ParsedRequest:
         def parse() -> validate.ParsedRequest:
             return validate.parse(request, self._limits, self._tokenizer, seed=secrets.randbits(63))
 
         long = request.ByteSize() > LONG_INPUT_BYTES
-        return await asyncio.to_thread(self._counted, parse) if long else self._counted(parse)
+        return await asyncio.to_thread(parse) if long else parse()
 
     def _counted(self, parse: Callable[[], T]) -> T:
         """What ``parse`` returns; an input that it refuses is counted."""
@@ -180,7 +185,7 @@ class InferenceService:
 
     @contextlib.contextmanager
     def _counted_in(self, outputs: int) -> Iterator[None]:
-        """Counts the request, once for each of its outputs, while it waits and runs, and how it ended."""
+        """Counts the request, once for each of its outputs, while it is here, and how it ended. Raises Overloaded."""
         counters, held = self._counters, self._counters.inflight
         counters.inflight += outputs
         try:
@@ -192,9 +197,10 @@ class InferenceService:
         except (asyncio.CancelledError, GeneratorExit, DeadlineExceeded):
             counters.cancelled += outputs
             raise
-        except Overloaded as error:
+        except REJECTIONS as error:
             counters.refused += outputs
-            self._refusals[error.reason or "worker"] += outputs
+            if isinstance(error, Overloaded):
+                self._refusals[error.reason or "worker"] += outputs
             raise
         except BaseException:
             counters.failed += outputs
@@ -246,24 +252,38 @@ class InferenceService:
 
     # ---- the other methods
 
-    async def tokenize(self, request: bytes | pb.TokenizeRequest) -> pb.TokenizeResponse:
+    async def tokenize(self, request: bytes | pb.TokenizeRequest, caller: Caller = ANYBODY) -> pb.TokenizeResponse:
         """Raises :class:`BatonError` as the contract has it."""
 
         def tokenize() -> list[int]:
             decoded = _decoded(pb.TokenizeRequest, request) if isinstance(request, bytes) else request
             return validate.tokenize(decoded, self._limits, self._tokenizer)
 
-        ids = await asyncio.to_thread(tokenize)
+        ids = await self._asked(tokenize, caller)
         return pb.TokenizeResponse(token_ids=ids, max_context_tokens=self._limits.context_tokens)
 
-    async def detokenize(self, request: bytes | pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+    async def detokenize(
+        self, request: bytes | pb.DetokenizeRequest, caller: Caller = ANYBODY
+    ) -> pb.DetokenizeResponse:
         """Raises :class:`BatonError` as the contract has it."""
 
         def detokenize() -> str:
             decoded = _decoded(pb.DetokenizeRequest, request) if isinstance(request, bytes) else request
             return validate.detokenize(decoded, self._limits, self._tokenizer)
 
-        return pb.DetokenizeResponse(text=await asyncio.to_thread(detokenize))
+        return pb.DetokenizeResponse(text=await self._asked(detokenize, caller))
+
+    async def _asked(self, answer: Callable[[], T], caller: Caller) -> T:
+        """What ``answer`` returns, computed on a thread: a request of ``caller``'s, and one of few at a time."""
+        if self._questions >= MOST_QUESTIONS:
+            message = f"{self._questions} prompts are being tokenized already"
+            raise Overloaded(message, retry_after_ms=RETRY_AFTER_MS, reason="inflight")
+        self._questions += 1
+        try:
+            self._entry.charge(caller)
+            return await asyncio.to_thread(answer)
+        finally:
+            self._questions -= 1
 
     def list_models(self) -> pb.ListModelsResponse:
         model = pb.Model(
@@ -278,11 +298,10 @@ class InferenceService:
     def report(self) -> pb.GetStatusResponse:
         """What workers and router hold now."""
         handoff = self._config.handoff
-        roles: tuple[Role, ...] = ("prefill", "decode")
         return pb.GetStatusResponse(
             model=self._config.model.id,
             layout=hello.layout if (hello := self.pools.hello) else "",
-            pools=[pb.Pool(role=role, workers=[_worker(*known) for known in self.pools.known(role)]) for role in roles],
+            pools=[pb.Pool(role=role, workers=[_worker(*known) for known in self.pools.known(role)]) for role in ROLES],
             transport=handoff.transport if self._disaggregated else "",
             codec=handoff.codec,
             codecs_used=blend(self._codec_tokens),

@@ -126,6 +126,11 @@ def parse(
     )
 
 
+def outputs(request: pb.GenerateRequest) -> int:
+    """How many outputs ``request`` asks for, to be counted before it is parsed: 1 where that is no number allowed."""
+    return request.n if 1 <= request.n <= MAX_OUTPUTS else 1
+
+
 def tokenize(request: pb.TokenizeRequest, limits: Limits, tokenizer: Tokenizer) -> list[int]:
     """The token ids of ``request``'s input; errors as those of :func:`parse`."""
     _check_size(request, limits)

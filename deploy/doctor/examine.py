@@ -90,7 +90,7 @@ def cluster(status: pb.GetStatusResponse, configured: Config | None, key: Cluste
     for pool in status.pools:
         for worker in pool.workers:
             yield pair_checks.state(f"{pool.role} {worker.id}", worker.state)
-            if worker.state == pb.WORKER_STATE_READY:
+            if worker.state in (pb.WORKER_STATE_READY, pb.WORKER_STATE_SUSPECT):
                 address, _, port = worker.address.rpartition(":")
                 places.setdefault(pool.role, []).append(
                     Place(f"{pool.role} {worker.id}", pool.role, address, int(port), worker.generation)

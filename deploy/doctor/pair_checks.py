@@ -28,6 +28,12 @@ def state(name: str, told: pb.WorkerState) -> Finding:
             "state", name, "draining",
             why="it takes no new requests and is not probed", fix="baton status   # until it has left",
         )  # fmt: skip
+    if told == pb.WORKER_STATE_SUSPECT:
+        return warn(
+            "state", name, "suspected by the router: it was silent, or failed too often lately",
+            why="it gets requests only while no other worker can take them",
+            fix="ray logs actor   # of this replica and of the router; it is trusted again after 5 to 40 s of peace",
+        )  # fmt: skip
     return fail(
         "state", name, "lost" if told == pb.WORKER_STATE_LOST else "the router cannot connect to it",
         why="it serves nobody", fix="ray logs actor   # of this replica; Serve replaces one whose health check fails",

@@ -124,7 +124,7 @@ class Front:
         jobs = translate.completions(body, _request_id(request))
         n = jobs[0].request.n
         head = self._head(jobs[0], choices=len(jobs) * n)
-        prompts = [await self._text(job) if body.echo else "" for job in jobs]
+        prompts = [await self._text(job, arrival.caller) if body.echo else "" for job in jobs]
         echoes = [prompt for prompt in prompts for _ in range(n)]
         form = Completions(head, logprobs=body.logprobs is not None, echoes=echoes)
         return await self._generate(jobs, body, form, head, arrival)
@@ -159,12 +159,13 @@ class Front:
             log.exception("request failed")
             raise HttpError(500, INTERNAL_MESSAGE, kind=errors.SERVER, code="internal_error") from None
 
-    async def _text(self, job: Job) -> str:
-        """The prompt as text."""
+    async def _text(self, job: Job, caller: Caller) -> str:
+        """The prompt as text; one of token ids is asked for as any client would, and counts as that does."""
         if job.request.WhichOneof("input") == "prompt":
             return job.request.prompt
         try:
-            answer = await self._service.detokenize(pb.DetokenizeRequest(token_ids=job.request.token_ids.ids))
+            ids = pb.DetokenizeRequest(token_ids=job.request.token_ids.ids)
+            answer = await self._service.detokenize(ids, caller)
         except BatonError as error:
             raise errors.of(error, {"token_ids": job.renamed["prompt"]}) from None
         return answer.text
@@ -200,7 +201,7 @@ class Front:
 
     async def tokenize(self, request: Request, body: TokenizeRequest) -> ASGIApp:
         try:
-            answer = await self._service.tokenize(translate.tokenize(body))
+            answer = await self._service.tokenize(translate.tokenize(body), request.state.caller)
         except BatonError as error:
             raise errors.of(error, translate.CHAT_NAMES) from None
         ids = list(answer.token_ids)
@@ -208,7 +209,7 @@ class Front:
 
     async def detokenize(self, request: Request, body: DetokenizeRequest) -> ASGIApp:
         try:
-            answer = await self._service.detokenize(translate.detokenize(body))
+            answer = await self._service.detokenize(translate.detokenize(body), request.state.caller)
         except BatonError as error:
             raise errors.of(error, translate.IDS_NAMES) from None
         return _json(answers.Text(prompt=answer.text))
@@ -219,7 +220,8 @@ class Front:
 
     async def metrics(self, request: Request, body: None) -> ASGIApp:
         service = self._service
-        text = metrics.text(service.report, service.observer.meters, unauthenticated=service.gate.refused)
+        meters = service.observer.meters
+        text = metrics.text(service.report, meters, usable=service.usable(), unauthenticated=service.gate.refused)
         return Response(text, media_type=metrics.CONTENT_TYPE)
 
     async def openapi(self, request: Request, body: None) -> ASGIApp:

@@ -6,13 +6,14 @@ import asyncio
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +155,61 @@ def test_pings_are_answered_while_a_stream_is_quiet(nixl_cluster: Any) -> None:
         watch.cancel()
 
 
-def test_compression_both_ways(nixl_cluster: Any, client: Client) -> None:
+class Crossing:
+    """A TCP relay before ``address`` that counts what crosses. Use ``with``."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._target = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.sent = self.received = 0  # bytes, as the client sees them
+        self._sockets = [self._listener]
+
+    def __enter__(self) -> Crossing:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for sock in self._sockets:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                near, far = self._listener.accept()[0], socket.create_connection(self._target, timeout=10)
+                far.settimeout(None)
+                self._sockets += [near, far]
+                for ends, name in (((near, far), "sent"), ((far, near), "received")):
+                    threading.Thread(target=self._copy, args=(*ends, name), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket, name: str) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                setattr(self, name, getattr(self, name) + len(data))
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_compression_both_ways(nixl_cluster: Any) -> None:
+    """Bytes are counted before the ingress: it passes compressed messages on as they are."""
     text = "one two three four " * 400
-    ids = client.tokenize(text)
-    with Client(nixl_cluster.address, compress=True) as compressing:
-        assert compressing.tokenize(text) == ids
-        how: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "logprobs": True, "top_logprobs": 20}
-        plain, gzipped = (one.generate(ids[:300], **how).outputs[0] for one in (client, compressing))
-        assert (gzipped.text, gzipped.logprobs) == (plain.text, plain.logprobs)
+    how: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "logprobs": True, "top_logprobs": 20}
+    crossed = []
+    for compress in (False, True):
+        with Crossing(nixl_cluster.address) as link, Client(link.address, compress=compress) as client:
+            ids = client.tokenize(text)
+            asked = link.sent, link.received
+            output = client.generate(ids[:300], **how).outputs[0]
+            crossed.append((asked, link.received - asked[1], ids, output.text, output.logprobs))
+    plain, gzipped = crossed
+    assert gzipped[2:] == plain[2:]
+    assert plain[0][0] > len(text)
+    assert gzipped[0][0] < len(text) / 3
+    assert gzipped[0][1] < plain[0][1] / 3
+    assert gzipped[1] < 0.8 * plain[1], "of a stream every message is compressed by itself"
 
 
 def test_reflection_names_every_service(nixl_cluster: Any) -> None:

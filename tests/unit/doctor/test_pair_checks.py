@@ -34,7 +34,7 @@ def transport(pair: Pair, configured: str = "nixl") -> Finding:
     ("state", "status"),
     [
         (pb.WORKER_STATE_READY, "ok"), (pb.WORKER_STATE_DRAINING, "warn"), (pb.WORKER_STATE_CONNECTING, "fail"),
-        (pb.WORKER_STATE_LOST, "fail"),
+        (pb.WORKER_STATE_LOST, "fail"), (pb.WORKER_STATE_SUSPECT, "warn"),
     ],
 )  # fmt: skip
 def test_state(state: pb.WorkerState, status: str) -> None:

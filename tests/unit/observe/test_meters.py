@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -32,9 +34,12 @@ def ended(slo_class: str = "batch", *, tokens: int = 11, ttft_s: float = 0.2, to
     )
 
 
-def samples(meters: Meters, status: pb.GetStatusResponse | None = None) -> dict[str, float]:
+def samples(
+    meters: Meters, status: pb.GetStatusResponse | None = None, usable: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, float]:
     """Every sample by ``name{label=value,...}``."""
-    text = metrics.text(lambda: status or pb.GetStatusResponse(model="m", transport="nixl"), meters).decode()
+    status = status or pb.GetStatusResponse(model="m", transport="nixl")
+    text = metrics.text(lambda: status, meters, usable=usable).decode()
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -110,10 +115,17 @@ def test_prometheus_reads_what_was_observed() -> None:
 
 def test_a_pool_without_workers_is_seen_and_a_pool_that_there_is_not_is_not() -> None:
     pools = [pb.Pool(role="prefill"), pb.Pool(role="decode", workers=[pb.Worker(id="d", state=pb.WORKER_STATE_READY)])]
-    both = samples(Meters(CLASSES), pb.GetStatusResponse(transport="nixl", pools=pools))
+    both = samples(Meters(CLASSES), pb.GetStatusResponse(transport="nixl", pools=pools), {"decode": 1})
     assert (both["baton_pool_workers_ready{role=prefill}"], both["baton_pool_workers_ready{role=decode}"]) == (0, 1)
     one = samples(Meters(CLASSES), pb.GetStatusResponse(pools=pools))
     assert "baton_pool_workers_ready{role=prefill}" not in one
+
+
+def test_a_pool_of_suspects_is_in_use() -> None:
+    pools = [pb.Pool(role="decode", workers=[pb.Worker(id="d", state=pb.WORKER_STATE_SUSPECT)])]
+    found = samples(Meters(CLASSES), pb.GetStatusResponse(pools=pools), {"decode": 1})
+    assert found["baton_pool_workers_ready{role=decode}"] == 1
+    assert found["baton_worker_ready{role=decode,worker=d}"] == 0
 
 
 def test_observing_costs_little() -> None:

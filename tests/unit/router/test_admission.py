@@ -136,6 +136,27 @@ def test_a_full_line_refuses_at_once_with_the_time_to_drain() -> None:
     assert dropped.retry_after_s == MAX_RETRY_S
 
 
+@pytest.mark.parametrize("predict", [True, False])
+def test_in_a_full_line_a_higher_priority_takes_the_place_of_the_lowest(predict: bool) -> None:
+    line = admission(max_waiting=4, predict=predict)
+    for number, priority in enumerate((0, -10, -10, 5)):
+        assert not line.offer(claim(number, priority=priority), workers(0.5), 0.0)
+    assert reasons(line.offer(claim(4, priority=-10), workers(0.5), 0.0)) == [(4, "line_full")]  # nobody is below
+    assert reasons(line.offer(claim(5, priority=10), workers(0.5), 0.0)) == [(2, "shed")]  # the last of the lowest
+    assert reasons(line.offer(claim(6, priority=5), workers(0.5), 0.0)) == [(1, "shed")]
+    assert reasons(line.offer(claim(7, priority=0), workers(0.5), 0.0)) == [(7, "line_full")]  # its equals stay
+    assert reasons(line.offer(claim(8, priority=1), workers(0.5), 0.0)) == [(0, "shed")]
+    assert [one.number for one in line.waiting] == [5, 3, 6, 8]
+
+
+def test_in_a_full_line_nobody_gives_way_to_whom_comes_too_late_anyway() -> None:
+    line = admission(max_waiting=1)
+    assert not line.offer(claim(1, priority=-10), workers(0.5), 0.0)
+    assert reasons(line.offer(claim(2, priority=10, ttft_s=0.4), workers(0.5), 0.0)) == [(2, "ttft")]
+    assert reasons(line.offer(claim(3, priority=10, tpot_s=0.005), workers(0.5), 0.0)) == [(3, "tpot")]
+    assert [one.number for one in line.waiting] == [1]
+
+
 def test_without_prediction_only_the_bound_refuses() -> None:
     line = admission(predict=False, max_waiting=1)
     assert not line.offer(claim(1, ttft_s=1e-3, tpot_s=1e-6), workers(9.0), 0.0)

@@ -51,6 +51,7 @@ def entry(workers: Workers | None = None, **config: float) -> Entry:
 
 
 async def run(door: Entry, parsed: ParsedRequest, hold: asyncio.Event, caller: Caller = ANYBODY) -> None:
+    door.charge(caller)
     async with door.turn(parsed, caller, arrived_s=time.monotonic(), uncached_tokens=len(parsed.prompt)) as turn:
         door.came(turn, 1)
         await hold.wait()
@@ -108,6 +109,22 @@ async def test_who_cannot_be_in_time_any_more_is_shed() -> None:
         await waits
     assert shed.value.reason == "shed"
     assert door._learner.at(time.monotonic()).ttft_factor > 1.0  # a broken promise
+    await door.close()
+
+
+async def test_who_gave_way_to_a_higher_class_proves_no_prediction_wrong() -> None:
+    door = entry(Workers(prefill=BUSY), max_waiting=1)
+    waits = asyncio.create_task(run(door, request(ttft_ms=60_000, budget_s=100.0), asyncio.Event()))
+    await settle()
+    higher = replace(request(ttft_ms=60_000, budget_s=100.0), priority=10)
+    comes = asyncio.create_task(run(door, higher, asyncio.Event()))
+    with pytest.raises(Overloaded) as shed:
+        await waits
+    assert shed.value.reason == "shed"
+    assert door._learner.at(time.monotonic()).ttft_factor == 1.0
+    assert door.waiting == 1
+    comes.cancel()
+    await asyncio.gather(comes, return_exceptions=True)
     await door.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from deploy.doctor import examine
 from deploy.doctor.findings import Finding, exit_code
 from engine.build import load_model
 from router.service import InferenceService
+from router.suspicion import ONE_EVENT_S, STRIKES
 
 if TYPE_CHECKING:
     from tests.unit.workers.conftest import Serve
@@ -59,6 +61,16 @@ async def test_workers_of_a_cluster_are_examined_and_left_as_they_were(service: 
     async with asyncio.timeout(5):
         while held(service):
             await asyncio.sleep(0.05)
+
+    (peer,) = service.pools.of("prefill")
+    for number in range(STRIKES):  # a suspected worker is probed: it may serve, and the probe says what is wrong
+        peer.suspicion.strike(time.monotonic() - 2 * ONE_EVENT_S * (STRIKES - 1 - number))
+    found = await examined(service, CONFIG, KEY)
+    assert [(one.check, one.subject) for one in found if one.status != "ok" and "handoff" not in one.check] == [
+        ("state", "prefill p0")
+    ]
+    assert "prefill p0 -> decode d0" in {one.subject for one in found if one.check == "handoff, raw"}
+    assert service.usable() == {"prefill": 1, "decode": 1}
 
     other = parse({"handoff": {"transport": "nixl"}})
     found = await examined(service, other, KEY)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
 from baton.config import parse
 from baton.errors import DeadlineExceeded, Unavailable
+from baton.messages import Ticket
 from baton.wire import inference_pb2 as pb
+from bench.faulty import Fault, FaultyLink
 from engine.build import load_model
 from engine.model import Model
 from router.peers import Role
@@ -55,11 +58,15 @@ async def answer(
     sampling: pb.Sampling,
     prompt: str = PROMPT,
     during: Callable[[int], Awaitable[None]] = nothing,
+    *,
     budget_ms: int = 20_000,
+    n: int = 1,
 ) -> list[pb.GenerateResponse]:
     """All responses; ``during(tokens so far)`` is awaited at each."""
     responses, count = [], 0
-    request = pb.GenerateRequest(prompt=prompt, sampling=sampling, handoff=pb.Handoff(codec="raw"), budget_ms=budget_ms)
+    request = pb.GenerateRequest(
+        prompt=prompt, sampling=sampling, handoff=pb.Handoff(codec="raw"), budget_ms=budget_ms, n=n
+    )
     async for response in house.service.stream(request, arrived_s=time.monotonic()):
         responses.append(response)
         count += len(response.token_ids)
@@ -69,6 +76,11 @@ async def answer(
 
 def tokens(responses: list[pb.GenerateResponse]) -> list[int]:
     return [token for response in responses for token in response.token_ids]
+
+
+def by_output(responses: list[pb.GenerateResponse]) -> list[list[int]]:
+    outputs = 1 + max(response.index for response in responses)
+    return [tokens([response for response in responses if response.index == n]) for n in range(outputs)]
 
 
 def at(count: int, act: Callable[[], Awaitable[None]]) -> Callable[[int], Awaitable[None]]:
@@ -117,6 +129,70 @@ async def test_a_decode_worker_is_lost(found: Found, model: Model, sampling: pb.
         assert house.service.report().router.retried == 1
         assert house.service.observer.meters.retries.sums == {("decode_lost",): 1}
         assert not any(peer.suspicion._strikes for role in ROLES for peer in house.service.pools.of(role))
+        await idle(house)
+
+
+async def test_a_stop_string_across_the_loss(found: Found, model: Model) -> None:
+    free = pb.Sampling(temperature=0.9, seed=11, max_tokens=TOKENS, ignore_eos=True)
+    async with found(model, CONFIG, decode=2) as house:
+        responses = await answer(house, free)
+        text, ends = "", list[int]()  # of the text, after each token
+        for response in responses:
+            text += response.text
+            ends += [len(text)] * len(response.token_ids)
+        stop = text[ends[6] - 2 : ends[8]]  # begins before the seventh token's end, ends with the ninth
+        assert text.index(stop) == ends[6] - 2, "it must not stop before"
+        stopping = pb.Sampling()
+        stopping.CopyFrom(free)
+        stopping.stop.append(stop)
+        whole = await answer(house, stopping)
+        again = await answer(house, stopping, during=at(7, lambda: house.lose(working(house, "d"))))
+        assert house.service.report().router.retried == 1
+        for one in (whole, again):
+            assert "".join(r.text for r in one) == text[: ends[6] - 2]
+            assert one[-1].finish_reason == pb.FINISH_REASON_STOP
+        assert tokens(again) == tokens(whole)
+        await idle(house)
+
+
+async def test_two_outputs_with_biased_logits_across_the_loss(found: Found, model: Model) -> None:
+    biased = pb.Sampling()
+    biased.CopyFrom(DRAWN)
+    async with found(model, CONFIG, decode=2) as house:
+        plain = by_output(await answer(house, DRAWN, n=2))
+        biased.logit_bias[plain[0][4]] = -100.0
+        biased.logit_bias[plain[1][9]] = 8.0
+        whole = by_output(await answer(house, biased, n=2))
+        assert whole[0] != plain[0]
+        assert whole[1] != plain[1]
+        assert whole[0] != whole[1]
+        again = await answer(house, biased, n=2, during=at(14, lambda: house.lose(working(house, "d"))))
+        assert by_output(again) == whole
+        assert house.service.report().router.retried >= 1
+        await idle(house)
+
+
+@pytest.mark.parametrize("trouble", ["stall", "flip"])
+async def test_a_handoff_that_stalls_or_is_corrupted_is_repeated(
+    found: Found, model: Model, monkeypatch: pytest.MonkeyPatch, trouble: Literal["stall", "flip"]
+) -> None:
+    async with found(model, CONFIG) as house:
+        whole = tokens(await answer(house, GREEDY, LONG))
+        decode: Any = house.workers["d0"]
+        receiver = decode._receiver
+        reserve, tickets = receiver.reserve, list[Ticket]()
+        with FaultyLink("127.0.0.1", receiver.port, Fault(trouble, "data", 1 << 20), seed=1) as link:
+
+            def first_through_the_link(*args: Any, **kwargs: Any) -> Ticket:
+                tickets.append(reserve(*args, **kwargs))
+                return replace(tickets[0], port=link.port) if len(tickets) == 1 else tickets[-1]
+
+            monkeypatch.setattr(receiver, "reserve", first_through_the_link)
+            assert tokens(await answer(house, GREEDY, LONG)) == whole
+        assert len(tickets) == 2
+        assert house.service.observer.meters.retries.sums == {("handoff_lost",): 1}
+        strikes = [len(peer.suspicion._strikes) for role in ROLES for peer in house.service.pools.of(role)]
+        assert strikes == [1, 1], "whose fault it was cannot be told"
         await idle(house)
 
 
