@@ -15,17 +15,23 @@ from router.run import Run
 from router.tracing import Output
 from router.validate import ParsedRequest
 
-ASKED = pb.GenerateRequest(prompt="Once upon", slo_class="interactive")
+ASKED = pb.GenerateRequest(prompt="Once upon", slo_class="interactive", n=3)
 PARSED = ParsedRequest("mine", (1, 2), Sampling(), (), 0, 60.0, "auto", outputs=3)
 ENDED = Output(Run(Work("r", (1, 2), Sampling(), 0, 60.0), "auto", 0.0, 60.0), 4, "length")
 
 
-def after(error: BaseException, *, parsed: ParsedRequest | None = PARSED, ended: int = 0) -> Observer:
+def after(
+    error: BaseException,
+    *,
+    asked: pb.GenerateRequest = ASKED,
+    parsed: ParsedRequest | None = PARSED,
+    ended: int = 0,
+) -> Observer:
     """An observer that saw one request of three outputs, ``ended`` of which had ended before ``error``."""
     observer = Observer(Config(), router_id="r")
 
     def serve() -> None:
-        with observer.request(ASKED, 0.0, {}) as seen:
+        with observer.request(asked, 0.0, {}) as seen:
             if parsed is not None:
                 seen.understood(parsed)
             seen.outputs += [ENDED] * ended
@@ -52,10 +58,12 @@ def test_rejections_by_reason(error: BatonError, reason: str, missed: int) -> No
     assert (meters.judged["interactive"], meters.kept["interactive"]) == (missed, 0)
 
 
-def test_a_request_that_could_not_be_read_is_one() -> None:
-    assert dict(after(InvalidRequest("prompt", "is missing"), parsed=None).meters.rejections.sums) == {
-        ("invalid_argument",): 1
-    }
+@pytest.mark.parametrize(("n", "outputs"), [(3, 3), (0, 1), (10**6, 1)])
+def test_a_request_that_was_not_read_counts_for_what_it_asks(n: int, outputs: int) -> None:
+    asked = pb.GenerateRequest(prompt="Once upon", slo_class="interactive", n=n)
+    meters = after(Overloaded("too much", reason="inflight"), asked=asked, parsed=None).meters
+    assert dict(meters.rejections.sums) == {("inflight",): outputs}
+    assert meters.judged["interactive"] == outputs
 
 
 @pytest.mark.parametrize(

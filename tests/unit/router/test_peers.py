@@ -106,6 +106,24 @@ async def test_the_end_of_the_connection_fails_every_stream_at_once() -> None:
         await until(lambda: handler.gone_links == 1)
 
 
+async def test_a_lost_connection_is_noticed_within_50_ms() -> None:
+    """The best of five, since the machine may be busy: waiting for a heartbeat would take each of them longer."""
+    seconds: list[float] = []
+    for _ in range(5):
+        async with serving() as (_, server, address):
+            peer = await Peer.connect(address, timeout_s=2)
+            listening = asyncio.create_task(peer.listen())
+            failed: list[float] = []
+            with peer.attached("r", lambda *_, told=failed: told.append(time.monotonic()), 3, computes=True):
+                (link,) = server._links
+                lost_s = time.monotonic()
+                link.abort()
+                await until(lambda told=failed: told)
+            seconds.append(failed[0] - lost_s)
+            await listening
+    assert min(seconds) < 0.05
+
+
 async def test_what_was_dispatched_since_the_last_push_counts_until_the_next() -> None:
     async with serving() as (handler, _, address):
         peer = await Peer.connect(address, timeout_s=2)
