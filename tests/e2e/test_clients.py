@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
@@ -26,6 +27,7 @@ from baton.client import AsyncClient, Client
 from baton.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded
 from baton.request import FinishReason
 from baton.wire import inference_pb2 as pb
+from router.health import MOST_WATCHES
 
 pytestmark = pytest.mark.ray
 
@@ -153,6 +155,31 @@ def test_pings_are_answered_while_a_stream_is_quiet(nixl_cluster: Any) -> None:
         watch.add_callback(quiet.set)
         assert not quiet.wait(3.0), watch.details()
         watch.cancel()
+
+
+def test_watches_of_health_take_nobodys_place(nixl_cluster: Any, client: Client) -> None:
+    """They need no key and last, and one connection may carry a thousand streams."""
+
+    def first(watch: Any) -> grpc.StatusCode:
+        try:
+            assert next(iter(watch)).status == health_pb2.HealthCheckResponse.SERVING
+        except grpc.RpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
+
+    with grpc.insecure_channel(nixl_cluster.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(MOST_WATCHES + 6)]
+        with ThreadPoolExecutor(len(watches)) as pool:
+            codes = Counter(pool.map(first, watches))
+        assert codes == {grpc.StatusCode.OK: MOST_WATCHES, grpc.StatusCode.RESOURCE_EXHAUSTED: 6}
+        assert client.generate("Hello", max_tokens=1).outputs[0].token_ids
+    deadline_s = time.monotonic() + 10
+    with grpc.insecure_channel(nixl_cluster.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while first(stub.Watch(health_pb2.HealthCheckRequest(), timeout=5)) is not grpc.StatusCode.OK:
+            assert time.monotonic() < deadline_s, "watches whose clients left still count"
+            time.sleep(0.1)
 
 
 class Crossing:
