@@ -22,6 +22,7 @@ from baton.secure import TAG_BYTES, ClusterKey, Untrusted
 
 MAX_FRAME_BYTES = 16 << 20
 MAX_UNSENT_BYTES = 64 << 20
+READ_BYTES = 64 << 10  # taken from the connection at once: all the frames that have come
 _HEADER = struct.Struct("<I")
 
 
@@ -37,6 +38,7 @@ class FrameStream:
     ) -> None:
         """``seals``: what the handshake agreed on; None leaves frames open."""
         self._reader, self._writer, self._registry = reader, writer, registry
+        self._unread = bytearray()  # at most one frame and what was read behind it
         self._sending = seals[0] if seals else None
         self._receiving = seals[1] if seals else None
         self._max_body = MAX_FRAME_BYTES + (TAG_BYTES if seals else 0)
@@ -84,14 +86,30 @@ class FrameStream:
 
         The end may be an attacker's cut: whoever reads takes it for the peer's failure, never for a success.
         """
-        try:
-            (length,) = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
-            if length > self._max_body:
-                raise ProtocolError(f"frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
-            body = await self._reader.readexactly(length)
-        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
-            return None
+        while (body := self._frame()) is None:
+            try:
+                came = await self._reader.read(READ_BYTES)
+            except (ConnectionError, TimeoutError):
+                return None
+            if not came:
+                return None
+            self._unread += came
         return self._registry.unpack(body if self._receiving is None else self._receiving.open(body))
+
+    def _frame(self) -> bytes | None:
+        """The body of the next frame if all of it has come."""
+        unread = self._unread
+        if len(unread) < _HEADER.size:
+            return None
+        (length,) = _HEADER.unpack_from(unread)
+        if length > self._max_body:
+            raise ProtocolError(f"frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
+        end = _HEADER.size + length
+        if len(unread) < end:
+            return None
+        body = bytes(unread[_HEADER.size : end])
+        del unread[:end]
+        return body
 
     def abort(self) -> None:
         """Drops the connection at once, unsent bytes included."""

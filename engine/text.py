@@ -60,8 +60,11 @@ class Tokenizer:
         self._added = frozenset(added)
         self._byte_level = self._spells_bytes(vocabulary)
         self._bytes = self._byte_fallback(vocabulary)
+        self._joins_bytes = str(self._compiled.decoder.__getstate__()).startswith('b\'{"type":"ByteLevel"')
         self.width = lru_cache(maxsize=None)(self._width)
         """Characters of one token's text by itself; at most a vocabulary's worth is remembered."""
+        self.alone = lru_cache(maxsize=None)(self._alone)
+        """What a token adds to any text whose characters are complete; None where that depends on the text."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with special tokens where the model's tokenizer adds them."""
@@ -108,6 +111,10 @@ class Tokenizer:
     def _width(self, token: int) -> int:
         return len(self.decode([token]))
 
+    def _alone(self, token: int) -> str | None:
+        text = self.decode([token]) if self._joins_bytes else REPLACEMENT
+        return None if REPLACEMENT in text else text
+
     def is_visible(self, token: int) -> bool:
         """Whether ``token`` has text in an output: it exists and is not special."""
         return token in self._visible
@@ -153,7 +160,8 @@ class Detokenizer:
     of byte-fallback tokens is held until it ends, because one invalid byte changes what the whole run reads as.
 
     Each token is decoded a fixed number of times: the window is cut back to the last token whenever all text is
-    decided, and to the tokens that one character can span otherwise.
+    decided, and to the tokens that one character can span otherwise. Where a tokenizer only joins its tokens' bytes,
+    most tokens are whole characters, whose text was looked up before.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -161,11 +169,15 @@ class Detokenizer:
         self._window: list[int] = []
         self._returned = 0  # characters of the window's text that were returned
         self._run: list[int] = []  # byte-fallback tokens after the window
+        self._undecided = False  # the window's last character
 
     def push(self, token: int) -> str:
         """The text that ``token`` decides; empty while nothing is."""
         if not self._tokenizer.is_visible(token):
             return ""
+        if not self._undecided and (text := self._tokenizer.alone(token)) is not None:
+            self._window, self._returned = [token], len(text)
+            return text
         self._run.append(token)
         if self._tokenizer.is_byte(token):
             return ""
@@ -179,10 +191,10 @@ class Detokenizer:
         self._window += self._run
         self._run = []
         text = self._tokenizer.decode(self._window)
-        undecided = not final and text.endswith(REPLACEMENT)
-        end = len(text) - 1 if undecided else len(text)
+        self._undecided = not final and text.endswith(REPLACEMENT)
+        end = len(text) - 1 if self._undecided else len(text)
         piece, self._returned = text[self._returned : end], max(end, self._returned)
-        if not undecided:
+        if not self._undecided:
             self._window = self._window[-1:]
             self._returned = self._tokenizer.width(self._window[0]) if self._window else 0
         elif len(self._window) > 2 * CHARACTER_TOKENS:

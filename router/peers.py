@@ -179,8 +179,8 @@ class Peer:
             case Load():
                 self._load, self._load_s = record, time.monotonic()
                 self._unseen.clear()
-            case Tokens(events=events):
-                self._deliver_tokens(events)
+            case Tokens():
+                self._deliver_tokens(record)
             case Granted(ticket=ticket):
                 self._to_sink(ticket.request_id, record)
             case Report() | Handed():
@@ -196,10 +196,13 @@ class Peer:
             case _:
                 raise ProtocolError(f"unexpected {type(record).__name__} from a worker")
 
-    def _deliver_tokens(self, events: tuple[TokenEvent, ...]) -> None:
+    def _deliver_tokens(self, record: Tokens) -> None:
         """Events of one step, grouped per request in their order."""
+        if len(record.events) == 1:
+            self._to_sink(record.events[0].request_id, record)
+            return
         grouped: dict[str, list[TokenEvent]] = {}
-        for event in events:
+        for event in record.events:
             grouped.setdefault(event.request_id, []).append(event)
         for request_id, group in grouped.items():
             self._to_sink(request_id, Tokens(tuple(group)))

@@ -33,6 +33,7 @@ class Assembler:
         self._parsed, self._tokenizer, self._model, self._output = parsed, tokenizer, model, output
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(parsed.stop)
+        self._logprobs, self._min_tokens = parsed.sampling.logprobs, parsed.sampling.min_tokens
         self._tokens = 0
         self._begun = False
         self._finish_reason: FinishReason | None = None
@@ -57,17 +58,19 @@ class Assembler:
 
         Raises :class:`ProtocolError` when a token is missing, repeated or incomplete.
         """
-        response = pb.GenerateResponse()
+        tokens, text, logprobs = list[int](), "", list[pb.TokenLogprob]()
         for event in events:
-            if self.finished:
+            if self._finish_reason is not None:
                 break
             self._check(event)
             self._tokens += 1
-            response.token_ids.append(event.token)
-            if self._parsed.sampling.logprobs:
-                response.logprobs.append(self._logprob(event))
-            response.text += self._advance(event)
-        return self._begin(response) if response.token_ids else None
+            tokens.append(event.token)
+            if self._logprobs:
+                logprobs.append(self._logprob(event))
+            text += self._advance(event)
+        if not tokens:
+            return None
+        return self._begin(pb.GenerateResponse(token_ids=tokens, text=text, logprobs=logprobs))
 
     def finish(self, ledger: Ledger) -> pb.GenerateResponse:
         """The last response: finish reason, usage and ledger. Raises :class:`ProtocolError` before the end."""
@@ -105,7 +108,7 @@ class Assembler:
         delta = "" if event.finish == FinishReason.STOP else self._detokenizer.push(event.token)
         if event.finish:
             delta += self._detokenizer.flush()
-        if self._tokens <= self._parsed.sampling.min_tokens:
+        if self._tokens <= self._min_tokens:
             text, matched = delta, False
         else:
             text, matched = self._stops.push(delta)

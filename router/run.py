@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from baton import ledger
 from baton.errors import BatonError, DeadlineExceeded
-from baton.messages import Report
+from baton.messages import Report, Tokens
 from baton.request import TokenEvent, Work
 from router.peers import Peer, Role
+
+BEHIND = 3  # records that wait behind one: a tenth of a second late where a token comes every 33 ms
 
 
 @dataclass(slots=True)
@@ -94,14 +97,52 @@ class InOrder:
         self._due: dict[int, TokenEvent] = {}
         self._next = due
 
-    def push(self, events: Iterable[TokenEvent]) -> tuple[TokenEvent, ...]:
+    def push(self, events: tuple[TokenEvent, ...]) -> tuple[TokenEvent, ...]:
         """Every token that is now due, in order."""
-        self._due.update((event.index, event) for event in events)
+        if not self._due and all(event.index == at for at, event in enumerate(events, self._next)):
+            self._next += len(events)  # nearly always
+            return events
         batch = []
+        self._due.update((event.index, event) for event in events)
         while self._next in self._due:
             batch.append(self._due.pop(self._next))
             self._next += 1
         return tuple(batch)
+
+
+class Inbox:
+    """What workers say of one attempt, for its one reader. None: the time is up.
+
+    Bounded by the request: at most ``max_tokens`` events, and a few records besides.
+    """
+
+    __slots__ = ("_records", "_waiter")
+
+    def __init__(self) -> None:
+        self._records: deque[tuple[Peer, object] | None] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, record: tuple[Peer, object] | None) -> None:
+        self._records.append(record)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> tuple[Peer, object] | None:
+        """The next one, as soon as there is one. Where this process or its client cannot keep up, those of a worker's
+        tokens that wait are one record: the client gets them in one message, at the cost of one."""
+        if not self._records:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        first = self._records.popleft()
+        if len(self._records) < BEHIND or first is None or not isinstance(first[1], Tokens):
+            return first
+        peer, events = first[0], list(first[1].events)
+        while self._records and (more := self._records[0]) is not None and more[0] is peer:
+            if not isinstance(more[1], Tokens):
+                break
+            events += more[1].events
+            self._records.popleft()
+        return peer, Tokens(tuple(events))
 
 
 @dataclass(slots=True)
@@ -122,7 +163,7 @@ class Attempt:
     peers: dict[str, Peer] = field(default_factory=dict)  # that have a part in it, by worker id
     by_role: dict[Role, str] = field(default_factory=dict)
     failed: frozenset[str] = frozenset()  # of them, those that said so or fell silent
-    inbox: asyncio.Queue[tuple[Peer, object] | None] = field(default_factory=asyncio.Queue)  # None: time is up
+    inbox: Inbox = field(default_factory=Inbox)
 
     @property
     def fruitful(self) -> bool:
@@ -162,7 +203,7 @@ class Attempt:
     def timed(self) -> Iterator[None]:
         """While open, the deadline ends the wait in :meth:`next`: one timer for all the tokens."""
         left_s = self.deadline_s - time.monotonic()
-        timer = asyncio.get_running_loop().call_later(left_s, self.inbox.put_nowait, None)
+        timer = asyncio.get_running_loop().call_later(left_s, self.inbox.put, None)
         try:
             yield
         finally:
@@ -201,4 +242,4 @@ class Attempt:
         )
 
     def _sink(self, peer: Peer, record: object) -> None:
-        self.inbox.put_nowait((peer, record))  # bounded by max_tokens: one event per token at most
+        self.inbox.put((peer, record))
