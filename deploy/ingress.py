@@ -165,16 +165,10 @@ def check(config: Config) -> None:
     from baton.errors import ConfigError
     from router.gate import read_keys
 
+    check_exposure(config)
     security, tls = config.security, config.ingress.tls
     if security.api_keys_file:
         read_keys(Path(security.api_keys_file).expanduser())
-    elif not (config.ingress.loopback or security.allow_anonymous):
-        raise ConfigError(
-            f"{config.ingress.host} may be reached from other machines, and clients need no API key: make keys with "
-            "`baton keys create` and name their file in security.api_keys_file, or let anybody in with "
-            "security.allow_anonymous",
-            field="ingress.host",
-        )
     if not tls.on:
         return
     try:
@@ -187,6 +181,20 @@ def check(config: Config) -> None:
             context.load_verify_locations(Path(tls.client_ca).expanduser())
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"no certificate there: {error}", field="ingress.tls.client_ca") from None
+
+
+def check_exposure(config: Config) -> None:
+    """The part of :func:`check` that looks at no file. Raises :class:`ConfigError`."""
+    from baton.errors import ConfigError
+
+    security = config.security
+    if not (security.api_keys_file or config.ingress.loopback or security.allow_anonymous):
+        raise ConfigError(
+            f"{config.ingress.host} may be reached from other machines, and clients need no API key: make keys with "
+            "`baton keys create` and name their file in security.api_keys_file, or let anybody in with "
+            "security.allow_anonymous",
+            field="ingress.host",
+        )
 
 
 # ---- the script that stands for HAProxy
