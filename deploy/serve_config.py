@@ -21,6 +21,9 @@ SCALING_POLICY = "deploy.scaling.LoadPolicy"
 ONLY_SERVES = ("min_replicas", "max_replicas", "target_load", "surge_percent")  # keys of a pool
 
 ROUTER_CPUS = 0.1
+# gRPC's own threads stay out of a router's streams: HAProxy answers every message with two frames, and threads that
+# wake up to read these cost a fifth of the router (ADR 20). A gRPC that does not know the names logs a line, no more.
+ROUTER_ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_listener,-event_engine_for_all_other_endpoints"}
 HEALTH_CHECK_S = 2.0
 GRACE_S = 5.0  # between the end of a drain and the end of the process
 MIN_MESSAGE_BYTES = 4 << 20  # the limit holds for answers too
@@ -104,7 +107,11 @@ def _router(config: Config) -> dict[str, Any]:
         "num_replicas": router.replicas,
         "max_ongoing_requests": 2 * router.max_inflight,  # the router refuses before Serve would queue
         "max_queued_requests": router.max_inflight,  # and what queues all the same is bounded; Serve's default is not
-        "ray_actor_options": {"num_cpus": ROUTER_CPUS, "resources": router.resources},
+        "ray_actor_options": {
+            "num_cpus": ROUTER_CPUS,
+            "resources": router.resources,
+            "runtime_env": {"env_vars": ROUTER_ENVIRONMENT},
+        },
         "health_check_period_s": HEALTH_CHECK_S,
         "graceful_shutdown_timeout_s": router.drain_s + GRACE_S,
         "max_surge_percent": 100,
