@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.wire import inference_pb2 as pb
 
@@ -26,6 +27,7 @@ STREAMS = 8
 TOKENS = 60
 AT_ONCE_S = 2.0  # EOF is noticed in milliseconds; the machine is busy
 BACK_S = 60.0
+DRAIN_S = 40.0
 
 
 class Collector(ThreadingHTTPServer):
@@ -68,7 +70,7 @@ def routers(start_cluster: Callable[..., Any]) -> Iterator[Routers]:
             NAME,
             prefill={"replicas": 0},
             decode={"kv_tokens": 8192},
-            router={"replicas": 2},
+            router={"replicas": 2, "drain_s": DRAIN_S},
             observe={"traces": True},
         )
         client = end.enter_context(cluster)
@@ -141,11 +143,18 @@ def test_a_killed_router_takes_its_own_streams_only(routers: Routers) -> None:
     client.wait_idle()
 
 
-def test_routers_that_go_send_their_last_spans(routers: Routers) -> None:
+def test_routers_that_go_send_their_last_spans_and_wait_for_no_watch(routers: Routers) -> None:
     for number in range(6):  # both routers get some
         routers.client.generate(prompt="Hello", request_id=f"last-{number}", sampling=pb.Sampling(max_tokens=2))
     assert not routers.collector.bodies
-    routers.end.pop_all().close()
+    with grpc.insecure_channel(routers.client.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=120)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        begun_s = time.monotonic()
+        routers.end.pop_all().close()
+        assert time.monotonic() - begun_s < DRAIN_S, "a watch holds a router for as long as it is allowed to"
+        with pytest.raises(grpc.RpcError):
+            next(watch)
     sent = b"".join(routers.collector.bodies)
     assert [number for number in range(6) if f"last-{number}".encode() not in sent] == []
 
