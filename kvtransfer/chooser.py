@@ -12,7 +12,8 @@ after
 
 of which T - P is exposed: what the slowest stage falls behind prefill, and the last block's own way through all three.
 A codec pays where it makes T smaller, and raw wins where the link is not what everything waits for. E, W and D are
-multiplied by the handoffs that share the encoder, the link and the decoder.
+multiplied by the handoffs that share the encoder, the link and the decoder. To E belongs what a block takes the encoder
+beyond its codec's own time, whatever the codec: threads that share its core make a codec's own speed count for less.
 
 The choice minimises ``(1 + STEP_PRICE * loss) T`` over the codecs that land within the slack; where none does, T. Raw
 is always a candidate and has no price, so that by this model no choice is slower than raw. Of two codecs the one that
@@ -69,6 +70,7 @@ class Ahead:
     backlog_bytes: int = 0  # encoded for the same receiver, not fetched yet
     prefill_s: float = 0.0  # until the last block is computed
     slack_s: float = math.inf  # until the deadline
+    overhead_s: float = 0.0  # of the encoder, for each block, beside what its codec takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,26 +141,46 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
-def estimate(codec: Candidate, link: Link, ahead: Ahead, load: Load) -> Estimate:
-    """The module's formula for one codec."""
+def _stages(codec: Candidate, link: Link, ahead: Ahead, load: Load) -> tuple[float, float, float, float]:
+    """The module's formula for one codec: E, W, D and T."""
     n, raw = ahead.blocks, ahead.raw_bytes
-    encode_s = load.encode * codec.encode.seconds(n, raw)
+    encode_s = load.encode * (codec.encode.seconds(n, raw) + n * ahead.overhead_s)
     wire_s = load.wire * (n * link.latency_s + raw / (codec.ratio * link.bytes_per_s))
     decode_s = load.decode * codec.decode.seconds(n, raw)
     but_one = 1 - 1 / n
     backlog_s = ahead.backlog_bytes / link.bytes_per_s
     behind_s = max(ahead.prefill_s, but_one * encode_s, backlog_s + but_one * wire_s, but_one * decode_s)
-    total_s = (encode_s + wire_s + decode_s) / n + behind_s
-    score = (1 + STEP_PRICE * codec.loss) * total_s
-    return Estimate(codec, encode_s, wire_s, decode_s, total_s, total_s - ahead.prefill_s, score)
+    return encode_s, wire_s, decode_s, (encode_s + wire_s + decode_s) / n + behind_s
+
+
+def _score(codec: Candidate, total_s: float) -> float:
+    return (1 + STEP_PRICE * codec.loss) * total_s
+
+
+def estimate(codec: Candidate, link: Link, ahead: Ahead, load: Load) -> Estimate:
+    """What ``codec`` would cost."""
+    encode_s, wire_s, decode_s, total_s = _stages(codec, link, ahead, load)
+    exposed_s = total_s - ahead.prefill_s
+    return Estimate(codec, encode_s, wire_s, decode_s, total_s, exposed_s, _score(codec, total_s))
+
+
+def pick(candidates: Sequence[Candidate], link: Link, ahead: Ahead, load: Load = ALONE) -> Candidate:
+    """The codec for the block in hand. ``candidates``: all that are allowed, at least one; ahead.blocks at least 1.
+
+    It runs on the encoder's thread, so it keeps no estimates: :func:`choose` does.
+    """
+    totals = [_stages(codec, link, ahead, load)[3] for codec in candidates]
+    in_time = [at for at, total_s in enumerate(totals) if total_s <= ahead.slack_s]
+    if not in_time:
+        return candidates[min(range(len(totals)), key=totals.__getitem__)]
+    return candidates[min(in_time, key=lambda at: _score(candidates[at], totals[at]))]
 
 
 def choose(candidates: Sequence[Candidate], link: Link, ahead: Ahead, load: Load = ALONE) -> Choice:
-    """The codec for the block in hand. ``candidates``: all that are allowed, at least one; ahead.blocks at least 1."""
+    """What :func:`pick` picks, and why."""
+    at = candidates.index(pick(candidates, link, ahead, load))
     estimates = tuple(estimate(codec, link, ahead, load) for codec in candidates)
-    in_time = [one for one in estimates if one.total_s <= ahead.slack_s]
-    best = min(in_time, key=lambda one: one.score) if in_time else min(estimates, key=lambda one: one.total_s)
-    return Choice(best, estimates, ahead.slack_s)
+    return Choice(estimates[at], estimates, ahead.slack_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +194,14 @@ class Regime:
 def regimes(candidates: Sequence[Candidate], latency_s: float, ahead: Ahead, load: Load = ALONE) -> list[Regime]:
     """Which codec is chosen at which bandwidth, slowest first; the last one reaches to infinity."""
 
-    def pick(bytes_per_s: float) -> str:
-        return choose(candidates, Link(bytes_per_s, latency_s), ahead, load).codec
+    def picked(bytes_per_s: float) -> str:
+        return pick(candidates, Link(bytes_per_s, latency_s), ahead, load).name
 
     decades = math.log10(FASTEST / SLOWEST)
     grid = [SLOWEST * 10 ** (at / _STEPS_PER_DECADE) for at in range(round(decades * _STEPS_PER_DECADE) + 1)]
-    picks = [pick(at) for at in grid]
+    picks = [picked(at) for at in grid]
     found = [
-        Regime(before, _edge(before, pick, slow, fast))
+        Regime(before, _edge(before, picked, slow, fast))
         for before, after, slow, fast in zip(picks, picks[1:], grid, grid[1:], strict=False)
         if before != after
     ]

@@ -20,7 +20,7 @@ from baton.layout import KVLayout
 from kvtransfer.chooser import Candidate, Speed
 from kvtransfer.codecs import Codec, make_codec
 from kvtransfer.codecs.paged import PagedCodec
-from kvtransfer.pages import Accelerator, Rows, lane_of
+from kvtransfer.pages import Accelerator, Rows, lane_of, paged_codecs
 from kvtransfer.protocol import block_digest, block_tokens
 
 log = logging.getLogger(__name__)
@@ -83,29 +83,17 @@ def measure_codecs(
 
 
 def _trials(layout: KVLayout, names: Sequence[str], tokens: int, accelerator: Accelerator | None) -> list[_Trial]:
-    keys, values = _kv_like(layout, tokens)
-    if accelerator is None:
-        return [_on_host(make_codec(name, layout), tokens, *_in_memory(keys, values)) for name in names]
-    rows = Rows(
-        torch.cat((keys, values), dim=1).to(accelerator.device), torch.arange(tokens, device=accelerator.device)
-    )
-    paged = accelerator.codecs(names, layout)
+    device = torch.device("cpu") if accelerator is None else accelerator.device
+    rows = Rows(torch.cat(_kv_like(layout, tokens), dim=1).to(device), torch.arange(tokens, device=device))
+    paged = paged_codecs(accelerator, names, layout)
     return [
         _in_pages(paged[name], rows) if name in paged else _on_host(make_codec(name, layout), tokens, *_over(rows))
         for name in names
     ]
 
 
-def _in_memory(keys: Tensor, values: Tensor) -> tuple[_Read, _Write]:
-    def write(*decoded: Tensor) -> None:
-        for tensor in decoded:
-            tensor.clone(memory_format=torch.contiguous_format)
-
-    return lambda count: (keys[:count].clone(), values[:count].clone()), write
-
-
 def _over(rows: Rows) -> tuple[_Read, _Write]:
-    """From and to an accelerator, for codecs that only the CPU has."""
+    """From and to the pages, for codecs that do not know them."""
 
     def write(keys: Tensor, values: Tensor) -> None:
         Rows(rows.layer, rows.slots[: keys.shape[0]]).scatter(keys, values)

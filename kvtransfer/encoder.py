@@ -34,6 +34,7 @@ from kvtransfer.signing import BlockKey
 log = logging.getLogger(__name__)
 
 _MOST_COUNTED = 64  # handoffs, in a load
+_CHOSEN_FOR = 4  # blocks of a handoff, if so many wait already: choosing takes up to half as long as copying one
 
 Gather: TypeAlias = Callable[[int, int, int], tuple[Tensor, Tensor] | Rows]
 
@@ -55,6 +56,8 @@ class Feed:
     gathering: bool = False
     queued_tokens: int = 0  # (layer, token) pairs in ``spans``
     began_at: float = 0.0  # the first span was pushed
+    codec: str = ""  # the last choice
+    held: int = 0  # spans for which it still holds
 
     @property
     def idle(self) -> bool:
@@ -196,18 +199,20 @@ class Encoder:
         span = feed.spans.popleft()
         feed.queued_tokens -= span.count
         feed.gathering = True
-        codec = feed.allowed[0] if len(feed.allowed) == 1 else self._choose(feed, span, region, now)
+        if len(feed.allowed) > 1 and not feed.held:
+            feed.codec = self._choose(feed, span, region, now)
+            feed.held = min(_CHOSEN_FOR, 1 + len(feed.spans))
+        feed.held = max(0, feed.held - 1)
         if not feed.spans:
             del self._waiting[feed]
-        return Job(feed, span, codec, region, now)
+        return Job(feed, span, feed.codec or feed.allowed[0], region, now)
 
     def _choose(self, feed: Feed, span: Span, region: Region, now: float) -> str:
         active = list(islice(self._waiting, _MOST_COUNTED))  # this feed among them, unless it is a later one
         load = Load(encode=len(active), wire=max(1, sum(other.peer == feed.peer for other in active)))
         backlog_bytes = self._held[feed.peer] - region.nbytes
         ahead = feed.ahead(span, self._layout, backlog_bytes=backlog_bytes, now=now)
-        choice = feed.route.choose(feed.allowed, ahead, load)
-        return "raw" if choice is None else choice.codec
+        return feed.route.pick(feed.allowed, ahead, load) or "raw"
 
     def _room(self, feed: Feed) -> Region | None:
         """For the feed's next span in any codec it may use."""
@@ -251,8 +256,9 @@ class Encoder:
             else:
                 kept = self._staging.shrink(job.region, nbytes)
                 self._held[feed.peer] -= job.region.nbytes - kept.nbytes
-                self._ratios.encoded(job.codec, span.count * self._layout.layer_token_bytes, nbytes)
-                seq = dispatch.staged(work_s=now - job.started_at, now=now)
+                work_s = now - job.started_at
+                self._ratios.encoded(job.codec, span.count * self._layout.layer_token_bytes, nbytes, work_s)
+                seq = dispatch.staged(work_s=work_s, now=now)
                 feed.regions[seq] = kept
                 block = Block(
                     dispatch.request_id, dispatch.epoch, seq, span.layer, span.start, span.count,

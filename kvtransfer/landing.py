@@ -34,6 +34,7 @@ from kvtransfer.transports import FetchLost, Source
 
 log = logging.getLogger(__name__)
 
+MOST_TOGETHER = 8  # blocks of one fetch: the last ones of a handoff are decoded when all of them are there
 Write: TypeAlias = Callable[[int, int, Tensor, Tensor], None] | Paged
 
 
@@ -216,7 +217,7 @@ class Puller:
         self, source: Source, pool: BufferPool, lander: Lander, wire: KVLayout,
         *, most_bytes: int, stall_s: float, on_broken: Callable[[str], object], name: str,
     ) -> None:  # fmt: skip
-        """``most_bytes``: of one fetch; the largest block has as many."""
+        """``most_bytes``: of one fetch; at least the largest block's."""
         self._source, self._pool, self._lander, self._wire = source, pool, lander, wire
         self._most_bytes, self._stall_s = most_bytes, stall_s
         self._on_broken = on_broken
@@ -271,14 +272,17 @@ class Puller:
         """``first``, and what was announced by now that lies behind it in the peer's memory, within one fetch."""
         run, start = [first], first.block.offset
         with contextlib.suppress(queue.Empty):
-            while (wanted := self._wanted.get_nowait()) is not None:
+            while len(run) < MOST_TOGETHER:
+                wanted = self._wanted.get_nowait()
+                if wanted is None:
+                    self._wanted.put(None)  # for ``_next``: nothing follows it
+                    break
                 block, last = wanted.block, run[-1].block
                 beside = block.offset == aligned(last.offset + last.nbytes)
                 if not beside or block.offset + block.nbytes - start > self._most_bytes or wanted.landing.gate.closed:
                     self._behind = wanted
                     return tuple(run)
                 run.append(wanted)
-            self._wanted.put(None)  # for ``_next``: nothing follows it
         return tuple(run)
 
     def _pull(self, run: tuple[Wanted, ...]) -> None:

@@ -33,6 +33,8 @@ from kvtransfer.wire import Wire
 
 log = logging.getLogger(__name__)
 
+FETCHES_IN_POOL = 64  # so many peers may stop at once before a large pool is all in quarantine
+
 _peers = itertools.count(1)
 
 
@@ -115,11 +117,15 @@ class ReceiverLink:
         )  # fmt: skip
         self._wire = ground.wires[attach.dtype]
         puller = Puller(
-            source, ground.pool, ground.lander, self._wire.layout, most_bytes=self._wire.largest_block,
+            source, ground.pool, ground.lander, self._wire.layout, most_bytes=self._most_bytes(),
             stall_s=ground.stall_s, on_broken=self._break, name=attach.worker_id,
         )  # fmt: skip
         self._send(Welcome(ground.worker_id, ground.generation, ground.speeds, probe))
         return puller
+
+    def _most_bytes(self) -> int:
+        """Of one fetch, which is what a peer that stops may keep in quarantine."""
+        return max(self._wire.largest_block, self._ground.pool.memory.nbytes // FETCHES_IN_POOL)
 
     def _connect(self, attach: Attach) -> tuple[Source, Probed | None]:
         """Blocks. The peer's memory, and what fetching from it is like. Raises :class:`FetchLost`."""

@@ -10,25 +10,32 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from baton.errors import ProtocolError
-from kvtransfer.chooser import Ahead, Candidate, Choice, Link, Load, Speed, choose
+from kvtransfer.chooser import Ahead, Candidate, Link, Load, Speed, pick
 from kvtransfer.link_meter import LinkMeter
 from kvtransfer.protocol import Acks, Welcome
 
 _RATIO_SHARE = 1 / 8  # of the newest block in a codec's running ratio
 _RATIO_MOVED = 0.01
+_OVERHEAD_SHARE = 1 / 16  # of the newest block in the running overhead
+_MOST_OVERHEAD_S = 5e-3  # that one block may show: a thread that lost its core for longer says nothing of the next
 
 
 class Ratios:
-    """How much each codec really shrank this worker's blocks, whoever they were for."""
+    """How much each codec really shrank this worker's blocks, whoever they were for, and what encoding them took beside
+    what was measured of their codecs at start-up."""
 
     def __init__(self, measured: Sequence[Candidate]) -> None:
         self.candidates = {one.name: one for one in measured}
         self._running = {one.name: one.ratio for one in measured}
+        self.overhead_s = 0.0  # a block
 
-    def encoded(self, codec: str, raw_bytes: int, nbytes: int) -> None:
+    def encoded(self, codec: str, raw_bytes: int, nbytes: int, work_s: float) -> None:
+        """One block took ``work_s`` to gather, encode and sign."""
         known = self.candidates.get(codec)
         if known is None:
             return
+        beyond_s = min(_MOST_OVERHEAD_S, max(0.0, work_s - known.encode.seconds(1, raw_bytes)))
+        self.overhead_s += _OVERHEAD_SHARE * (beyond_s - self.overhead_s)
         running = self._running[codec] = self._running[codec] + _RATIO_SHARE * (
             raw_bytes / nbytes - self._running[codec]
         )
@@ -43,6 +50,7 @@ class Route:
         self._ratios = ratios
         self._meter = LinkMeter()
         self._decode: dict[str, Speed] = {}  # empty: as fast as this machine
+        self._seen: dict[str, tuple[Candidate, Candidate]] = {}  # as measured here, and with the receiver's speed
         self._landing = 1
 
     @property
@@ -59,6 +67,7 @@ class Route:
             if not (0.0 <= start_s < math.inf and 0.0 < bytes_per_s < math.inf):
                 raise ProtocolError(f"Welcome: {start_s} s and {bytes_per_s} bytes per second")
         self._decode = speeds
+        self._seen.clear()
         if welcome.probe is not None:
             self._meter.probed(Link(welcome.probe.bytes_per_s, welcome.probe.latency_s))
 
@@ -67,7 +76,7 @@ class Route:
         self._landing = max(1, acks.landing)
         self._meter.fetched(nbytes, acks.fetch_s)
 
-    def choose(self, allowed: Collection[str], ahead: Ahead, load: Load) -> Choice | None:
+    def pick(self, allowed: Collection[str], ahead: Ahead, load: Load) -> str | None:
         """The codec for one block; None when none of ``allowed`` was measured at both ends."""
         candidates = [
             self._there(one)
@@ -76,7 +85,14 @@ class Route:
         ]
         if not candidates:
             return None
-        return choose(candidates, self._meter.link(), ahead, replace(load, decode=self._landing))
+        ahead = replace(ahead, overhead_s=self._ratios.overhead_s)
+        return pick(candidates, self._meter.link(), ahead, replace(load, decode=self._landing)).name
 
     def _there(self, candidate: Candidate) -> Candidate:
-        return replace(candidate, decode=self._decode[candidate.name]) if self._decode else candidate
+        if not self._decode:
+            return candidate
+        seen = self._seen.get(candidate.name)
+        if seen is None or seen[0] is not candidate:
+            there = replace(candidate, decode=self._decode[candidate.name])
+            seen = self._seen[candidate.name] = (candidate, there)
+        return seen[1]

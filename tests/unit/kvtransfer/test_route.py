@@ -28,8 +28,7 @@ def route():
 
 
 def pick(route, *allowed):
-    choice = route.choose(allowed or ("raw", "lossless", "int8"), AHEAD, Load())
-    return None if choice is None else choice.codec
+    return route.pick(allowed or ("raw", "lossless", "int8"), AHEAD, Load())
 
 
 def test_only_what_is_allowed_and_measured_is_chosen(route):
@@ -55,8 +54,27 @@ def test_acknowledgements_move_the_link_and_the_receivers_load(route):
         route.acknowledged(Acks("r", 1, (0,), fetch_s=0.1, landing=3), 1_000_000)
     assert route.link == Link(pytest.approx(1e7), 0.0)
     assert pick(route) == "int8"
-    choice = route.choose(("raw",), AHEAD, Load())
-    assert choice.best.decode_s == pytest.approx(3 * 10_000_000 / 1e9)
+
+
+def test_a_decoder_that_lands_for_others_too_counts_as_slow(route):
+    slow = (SPEEDS[0], DecodeSpeed("lossless", 0.0, 1.2e7))
+    route.welcomed(Welcome("d", "g", slow, Probed(0.0, 1e7)))
+    assert pick(route) == "lossless"  # 0.83 s to decode all, against a second for raw's wire
+    route.acknowledged(Acks("r", 1, (0,), landing=3), 1000)
+    assert pick(route) == "raw"
+
+
+def test_what_every_block_takes_beside_its_codec_makes_codecs_alike():
+    ratios = Ratios(HERE)
+    route = Route(ratios)
+    route.welcomed(Welcome("d", "g", SPEEDS, Probed(0.0, 5e8)))
+    assert pick(route, "raw", "lossless") == "lossless"  # 13 ms of wire, where raw has 20
+    for _ in range(100):
+        ratios.encoded("raw", 1_000_000, 1_000_000, 3e-3)
+    assert ratios.overhead_s == pytest.approx(3e-3, rel=0.02)
+    assert pick(route, "raw", "lossless") == "raw"  # 30 ms to encode anything
+    ratios.encoded("raw", 1_000_000, 1_000_000, 9.0)
+    assert ratios.overhead_s < 4e-3  # one block that waited for a core
 
 
 def test_a_receiver_that_did_not_probe_is_assumed_near(route):
@@ -87,16 +105,16 @@ def test_ratios_follow_what_blocks_really_took():
     route = Route(ratios)
     route.welcomed(Welcome("d", "g", SPEEDS, SLOW_LINK))
     for _ in range(60):
-        ratios.encoded("lossless", 1000, 200)
+        ratios.encoded("lossless", 1000, 200, 0.0)
     assert ratios.candidates["lossless"].ratio == pytest.approx(5.0, rel=0.02)
     assert pick(route) == "lossless"
-    ratios.encoded("never measured", 1000, 100)
+    ratios.encoded("never measured", 1000, 100, 1.0)
     assert set(ratios.candidates) == {one.name for one in HERE}
 
 
 def test_a_ratio_that_hardly_moves_is_left_alone():
     ratios = Ratios(HERE)
     before = dict(ratios.candidates)
-    ratios.encoded("lossless", 1500, 1000)
+    ratios.encoded("lossless", 1500, 1000, 0.0)
     assert ratios.candidates == before
     assert dataclasses.replace(HERE[1]) == before["lossless"]

@@ -10,7 +10,7 @@ import torch
 from baton.layout import KVLayout
 from kvtransfer.arena import ALIGN, BufferPool
 from kvtransfer.codecs import make_codec
-from kvtransfer.landing import Gate, Lander, Landing, Puller
+from kvtransfer.landing import MOST_TOGETHER, Gate, Lander, Landing, Puller
 from kvtransfer.protocol import Block, block_digest
 
 LAYOUT = KVLayout("m", 64, 1, 8, "float32")
@@ -118,6 +118,16 @@ def test_a_run_ends_at_a_gap_and_at_the_most_bytes():
     assert [offset for offset, _ in fetches] == [0, 3 * STEP, 5 * STEP]
     assert seqs(request) == [[0, 1, 2], [3], [4, 5]]
     assert all((request.written[seq] == seq).all() for seq in range(6))
+
+
+def test_a_run_has_so_many_blocks_at_most():
+    request = Request("r")
+    fetches = pulled(
+        lambda peer: [(request.block(peer, seq, seq * STEP), request.landing) for seq in range(MOST_TOGETHER + 2)],
+        most_bytes=1 << 15,
+    )
+    assert [offset for offset, _ in fetches] == [0, MOST_TOGETHER * STEP]
+    assert sorted(request.written) == list(range(MOST_TOGETHER + 2))
 
 
 def test_requests_that_share_a_fetch_are_told_apart():
