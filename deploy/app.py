@@ -77,7 +77,7 @@ class RouterReplica:
         context = serve.get_replica_context()
         self._service = InferenceService(config, folder, router_id=context.replica_id.unique_id)
         roles: tuple[Role, ...] = ("prefill", "decode") if config.prefill.replicas else ("decode",)
-        self._directory = Directory(self._service.pools, context.replica_id, roles, self._service.health.listed)
+        self._directory = Directory(self._service, context.replica_id, roles)
 
     async def __del__(self) -> None:
         """Serve awaits it when this replica must go and its calls have ended: the last spans leave with it."""

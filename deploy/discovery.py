@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,23 +16,25 @@ from ray.serve._private.common import DeploymentID, DeploymentTargetInfo, Replic
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 
-from router.peers import Pools, Role, WorkerAddress
+from router.peers import Role, WorkerAddress
+from router.service import InferenceService
 
 log = logging.getLogger(__name__)
 
 
 class Directory:
-    """Keeps ``pools`` in step with the running replicas of the router ``own``'s application until closed.
+    """Keeps ``service`` in step with the running replicas of the router ``own``'s application until closed.
 
-    ``listed`` is told, at every change, whether ``own`` is among the routers that run: Serve tells a replica itself
-    that it must go only when its calls have ended.
+    Of the workers its pools are told, of the routers its siblings; its health, whether ``own`` is still among them:
+    Serve tells a replica itself that it must go only when its calls have ended.
     """
 
-    def __init__(self, pools: Pools, own: ReplicaID, roles: tuple[Role, ...], listed: Callable[[bool], None]) -> None:
-        self._pools = pools
+    def __init__(self, service: InferenceService, own: ReplicaID, roles: tuple[Role, ...]) -> None:
+        self._pools = service.pools
 
         def routers(targets: DeploymentTargetInfo) -> None:
-            listed(any(replica.replica_id == own for replica in targets.running_replicas))
+            service.health.listed(any(replica.replica_id == own for replica in targets.running_replicas))
+            service.siblings.update(http_addresses(targets))
 
         app_name = own.deployment_id.app_name
         listeners = {DeploymentID(role, app_name): self._listener(role) for role in roles}
@@ -53,6 +54,16 @@ class Directory:
             self._pools.update(role, addresses(role, targets))
 
         return changed
+
+
+def http_addresses(targets: DeploymentTargetInfo) -> dict[str, str]:
+    """Where each of the routers among ``targets`` serves HTTP itself, past the ingress, by its id."""
+    found = {}
+    for replica in targets.running_replicas:
+        if replica.node_ip and replica.backend_http_port:
+            host = f"[{replica.node_ip}]" if ":" in replica.node_ip else replica.node_ip
+            found[replica.replica_id.unique_id] = f"{host}:{replica.backend_http_port}"
+    return found
 
 
 def addresses(role: Role, targets: DeploymentTargetInfo) -> list[WorkerAddress]:

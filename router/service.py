@@ -43,6 +43,7 @@ from router.observer import REJECTIONS, Observer, Seen
 from router.peers import Peer, Pools, Role, WorkerAddress
 from router.recovery import Patience
 from router.run import Run
+from router.siblings import Siblings
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class InferenceService:
             retried=self._retried,
         )
         self.observer = Observer(config, router_id=router_id)
+        self.siblings = Siblings(router_id)
         self.health = Health(lambda: self.ready)
         self._counters = Counters()
         self._questions = 0  # that are being answered

@@ -41,6 +41,7 @@ from router.openai.requests import (
 )
 from router.openai.translate import Job
 from router.service import InferenceService
+from router.siblings import OWN_PATH
 from router.validate import REQUEST_ID, Limits
 
 log = logging.getLogger(__name__)
@@ -70,10 +71,13 @@ def build(service: InferenceService) -> Starlette:
         ("/v1/models/{model:path}", front.model),
         ("/health", front.health),
         ("/metrics", front.metrics),
+        (OWN_PATH, front.metrics),
         ("/openapi.json", front.openapi),
     ]
     limits, gate = service.limits, service.gate
-    admits: dict[str, Admit] = {"/health": lambda _: ANYBODY, "/metrics": gate.admit_operator}
+    admits: dict[str, Admit] = {
+        "/health": lambda _: ANYBODY, "/metrics": gate.admit_operator, OWN_PATH: gate.admit_operator
+    }  # fmt: skip
     routes = [
         Route(path, Endpoint(handler, kind, limits, admits.get(path, gate.admit)), methods=[method])
         for method, path, handler, kind in (
@@ -222,6 +226,8 @@ class Front:
         service = self._service
         meters = service.observer.meters
         text = metrics.text(service.report, meters, usable=service.usable(), unauthenticated=service.gate.refused)
+        if request.url.path != OWN_PATH:
+            text = await service.siblings.metrics(text, request.headers)
         return Response(text, media_type=metrics.CONTENT_TYPE)
 
     async def openapi(self, request: Request, body: None) -> ASGIApp:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -117,6 +118,26 @@ def start(client: Any, seen: Callable[[int], object]) -> list[Any]:
     futures = [pool.submit(run, index) for index in range(STREAMS)]
     pool.shutdown(wait=False)
     return futures
+
+
+def test_every_scrape_tells_the_sums_of_both(routers: Routers) -> None:
+    client = routers.client
+    for _ in range(5):
+        client.generate(prompt="Hello", sampling=pb.Sampling(max_tokens=2, temperature=0.0))
+    _until(lambda: len(scraped(client, "baton_router_up")) == 2)  # Serve has told each router of the other
+    for _ in range(6):  # HAProxy takes turns
+        assert set(scraped(client, "baton_router_up").values()) == {1.0}
+        completed = scraped(client, 'baton_router_requests_total{outcome="completed"')
+        assert len(completed) == 2
+        assert sum(completed.values()) == 5
+
+
+def scraped(client: Any, name: str) -> dict[str, float]:
+    """Samples that begin with ``name``, by router."""
+    with urllib.request.urlopen(f"http://{client.http}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    samples = (line.rpartition(" ") for line in lines if line.startswith(name))
+    return {series.partition('router="')[2].partition('"')[0]: float(value) for series, _, value in samples}
 
 
 def test_a_killed_router_takes_its_own_streams_only(routers: Routers) -> None:

@@ -219,6 +219,23 @@ def test_alerts_come_when_they_must_and_only_then(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_router_that_only_its_siblings_miss_is_down(promtool: str, tmp_path: Path) -> None:
+    labels = {"instance": "a:1", "router": "r-2", "severity": "critical"}
+    annotations = {"summary": "No metrics from router r-2", "runbook": "docs/operations.md#batonrouterdown"}
+    series = {
+        'up{job="baton",instance="a:1"}': stays(1),
+        'baton_router_up{instance="a:1",router="r-1"}': stays(1),
+        'baton_router_up{instance="a:1",router="r-2"}': stays(0),
+    }
+    case = trial("BatonRouterDown", series, [{"exp_labels": labels, "exp_annotations": annotations}])
+    page = tmp_path / "trials.yaml"
+    page.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "tests": [case]}), encoding="utf-8")
+    done = subprocess.run(
+        [promtool, "test", "rules", str(page)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_wrong_expectation_is_noticed(promtool: str, tmp_path: Path) -> None:
     """That promtool's success means something."""
     case = CASES["BatonLeak"]

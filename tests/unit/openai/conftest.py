@@ -32,8 +32,8 @@ T = TypeVar("T")
 class Server:
     """One prefill and one decode worker in loopback, a router, and its HTTP port."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        self.config, self._folder = config, folder
+    def __init__(self, config: Config, folder: Path, router_id: str) -> None:
+        self.config, self._folder, self._router_id = config, folder, router_id
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
@@ -75,7 +75,7 @@ class Server:
         model = load_model(self._folder, "float32", 1, None)
         self.prefill = PrefillWorker(model, self.config, worker_id="p", host=HOST)
         self.decode = DecodeWorker(model, self.config, worker_id="d", host=HOST)
-        self.service = InferenceService(self.config, self._folder, router_id="r")
+        self.service = InferenceService(self.config, self._folder, router_id=self._router_id)
         workers: dict[Role, PrefillWorker | DecodeWorker] = {"prefill": self.prefill, "decode": self.decode}
         for role, worker in workers.items():
             await worker.start()
@@ -107,7 +107,9 @@ def start_server() -> ServerFactory:
     """A function that starts a server of the model in a folder, with a context of so many tokens."""
 
     @contextlib.contextmanager
-    def start(folder: Path, *, max_context: int, max_request_bytes: int = 64 << 10) -> Iterator[Server]:
+    def start(
+        folder: Path, *, max_context: int, max_request_bytes: int = 64 << 10, router_id: str = "r"
+    ) -> Iterator[Server]:
         pool = {"kv_tokens": 4096, "threads": 1}
         config = parse(
             {
@@ -123,7 +125,7 @@ def start_server() -> ServerFactory:
                 "router": {"max_request_bytes": max_request_bytes, "max_inflight": 64},
             }
         )
-        server = Server(config, folder)
+        server = Server(config, folder, router_id)
         try:
             yield server
         finally:

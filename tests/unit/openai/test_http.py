@@ -335,7 +335,7 @@ def test_models_health_and_metrics(http: httpx2.Client) -> None:
     before = _metric(http, 'baton_router_requests_total{outcome="completed",router="r"}')
     post(http, COMPLETE, **STORY, max_tokens=1)
     assert _metric(http, 'baton_router_requests_total{outcome="completed",router="r"}') == before + 1
-    assert _metric(http, 'baton_worker_pages_total{role="decode",worker="d"}') == 256
+    assert _metric(http, 'baton_worker_pages_total{router="r",role="decode",worker="d"}') == 256
 
 
 def _metric(http: httpx2.Client, name: str) -> float:
