@@ -236,11 +236,10 @@ class Pools:
         """
         self._watch = self._watch or asyncio.create_task(self._check_all(), name="silence")
         listed = {address.generation: address for address in addresses}
-        gone, new = self._listed[role].keys() - listed.keys(), listed.keys() - self._listed[role].keys()
-        self._listed[role] = listed
-        for generation in gone - self._peers.keys():
+        gone, self._listed[role] = self._listed[role].keys() - listed.keys(), listed
+        for generation in (gone - self._peers.keys()) & self._keepers.keys():
             self._keepers[generation].cancel()
-        for generation in new - {name for name, keeper in self._keepers.items() if _goes_on(keeper)}:
+        for generation in listed.keys() - {name for name, keeper in self._keepers.items() if _goes_on(keeper)}:
             keeper = asyncio.create_task(self._keep(listed[generation]), name=generation)
             keeper.add_done_callback(self._forget)
             self._keepers[generation] = keeper
