@@ -20,7 +20,8 @@ def asked() -> tuple[int, int]:
     """Niceness and slice (ns) of this thread."""
     state = ctypes.create_string_buffer(ATTRIBUTES.size)
     number = SET_ATTRIBUTES[platform.machine()] + 1  # sched_getattr
-    assert ctypes.CDLL(None, use_errno=True).syscall(number, 0, state, ATTRIBUTES.size, 0) == 0, ctypes.get_errno()
+    if ctypes.CDLL(None, use_errno=True).syscall(number, 0, state, ATTRIBUTES.size, 0) != 0:
+        pytest.skip(f"sched_getattr is refused here: {os.strerror(ctypes.get_errno())}")
     _, _, _, nice, _, runtime, _, _ = ATTRIBUTES.unpack(state.raw)
     return nice, runtime
 
