@@ -4,22 +4,26 @@
 
 Two prefill and two decode workers, real processes. In every round the streams are in the middle of their answers when
 the decode worker of at least one is killed (SIGKILL) or stopped (SIGSTOP); the next round waits until all workers are
-back. Beside the pause, from the fault to the next token: when the router took the worker for lost, and what each stage
-of serving again took, as the difference between the stream's ledger and that of its undisturbed run.
+back. Beside the pause, from the fault to the next token: when the kernel had closed the worker's connections, when
+the router noticed, and what each stage of serving again took, as the difference between the stream's ledger and that of
+its undisturbed run.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
+import select
 import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +40,45 @@ BACK_S = 60.0
 AGAIN = tuple(stage for stage in ledger.STAGES if stage not in ("recover", "decode"))
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Monotonic seconds of this process."""
+
+    at_s: float
+    closed_s: float  # when the kernel was through with a killed process
+
+
 async def calm(client: AsyncClient, asked: Sequence[tuple[str, int]]) -> list[Stream]:
-    return await asyncio.gather(*(ask(client, Stream(prompt, tokens), BUDGET_S) for prompt, tokens in asked))
+    """One after the other: nobody waits for anybody."""
+    return [await ask(client, Stream(prompt, tokens), BUDGET_S) for prompt, tokens in asked]
 
 
 async def hit(
     client: AsyncClient, asked: Sequence[tuple[str, int]], supervisor: int, kind: str, draw: random.Random
-) -> tuple[float, list[Stream]]:
-    """The streams again, one decode worker lost in the middle; and when that was."""
+) -> tuple[Fault, list[Stream]]:
+    """The streams again, each begun when the one before has its first tokens; one decode worker is lost in between."""
     streams = [Stream(prompt, tokens) for prompt, tokens in asked]
-    running = [asyncio.create_task(ask(client, stream, BUDGET_S)) for stream in streams]
-    while min(len(stream.tokens) for stream in streams) < SEEN_TOKENS:
-        await asyncio.sleep(0.005)
-        assert not any(task.done() for task in running), "a stream ended before all were in the middle of theirs"
+    running = []
+    for stream in streams:
+        running.append(asyncio.create_task(ask(client, stream, BUDGET_S)))
+        while len(stream.tokens) < SEEN_TOKENS:
+            await asyncio.sleep(0.005)
+            assert not any(task.done() for task in running), "a stream ended before all were in the middle of theirs"
     victim = draw.choice(await asyncio.to_thread(replicas, supervisor, "decode"))
+    watched = os.pidfd_open(victim.pid)
     os.kill(victim.pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-    at_s = time.monotonic()
+    at_s = closed_s = time.monotonic()
+    if kind == "kill":  # the kernel frees its memory first, closes its connections then
+        await asyncio.to_thread(select.select, [watched], [], [], BACK_S)
+        closed_s = time.monotonic()
+    os.close(watched)
     await asyncio.gather(*running)
     if kind == "stop":
         victim.resume()
-    return at_s, streams
+    return Fault(at_s, closed_s), streams
 
 
-def pauses(at_s: float, before: Sequence[Stream], after: Sequence[Stream]) -> list[dict[str, float]]:
+def pauses(fault: Fault, before: Sequence[Stream], after: Sequence[Stream]) -> list[dict[str, float]]:
     """Of every stream that lost its worker, in seconds."""
     found = []
     for undisturbed, stream in zip(before, after, strict=True):
@@ -66,14 +86,17 @@ def pauses(at_s: float, before: Sequence[Stream], after: Sequence[Stream]) -> li
         assert stream.tokens == undisturbed.tokens, stream.prompt[:12]
         if not stream.stages.get("recover"):
             continue
-        last_s = max(moment for moment in stream.times_s if moment <= at_s)
-        next_s = min(moment for moment in stream.times_s if moment > at_s)
+        gaps = [(end - begin, begin, end) for begin, end in itertools.pairwise(stream.times_s) if end > fault.at_s]
+        _, last_s, next_s = max(gaps)  # tokens that were under way still arrive after a kill
+        pause_s = next_s - max(last_s, fault.at_s)
         again = {name: stream.stages[name] - undisturbed.stages[name] for name in AGAIN}
+        lost_s = last_s + stream.stages["recover"]
         found.append(
             {
-                "pause": next_s - at_s,
-                "pause less prefill": next_s - at_s - max(0.0, again["prefill"]),
-                "detected": stream.stages["recover"] - (at_s - last_s),
+                "pause": pause_s,
+                "pause less prefill": pause_s - max(0.0, again["prefill"]),
+                "connection closed": fault.closed_s - fault.at_s,
+                "noticed, after that": lost_s - fault.closed_s,
                 **again,
             }
         )
@@ -88,9 +111,11 @@ async def measure(options: argparse.Namespace, supervisor: int, client: AsyncCli
         for number in range(options.rounds):
             asked = [(prompt, options.tokens) for prompt, _ in requests(options.streams, options.seed + number)]
             before = await calm(client, asked)
-            at_s, after = await hit(client, asked, supervisor, kind, draw)
-            found += pauses(at_s, before, after)
-            print(f"{kind} {number + 1}: {[round(one['pause'], 2) for one in pauses(at_s, before, after)]}", flush=True)
+            fault, after = await hit(client, asked, supervisor, kind, draw)
+            found += pauses(fault, before, after)
+            print(
+                f"{kind} {number + 1}: {[round(one['pause'], 2) for one in pauses(fault, before, after)]}", flush=True
+            )
             limit_s = time.monotonic() + BACK_S
             while held := await settled(client, config):
                 assert time.monotonic() < limit_s, held
@@ -112,7 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12, help="of kills, and as many of stops")
     parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     pool = {"replicas": 2, "kv_tokens": 8192}
@@ -122,6 +147,7 @@ def main() -> int:
             "model": {"dtype": "float32", "cache_dir": str(Path("~/.cache/baton").expanduser())},
             "prefill": pool,
             "decode": pool,
+            "router": {"local_prefill": False},  # else a killed worker's part of the first ledger is missing
             "handoff": {"codec": "lossless"},
             "ingress": {"grpc_port": 19620, "http_port": 19621},
         }
