@@ -76,6 +76,10 @@ class Entry:
             self._ticker.cancel()
             await asyncio.wait([self._ticker], timeout=1.0)
 
+    def look(self, caller: Caller) -> None:
+        """As :meth:`charge`, without charging: whoever is over the rate need not even be read."""
+        _check(self._limits.refusal(caller.tenant, time.monotonic(), caller.limits))
+
     def charge(self, caller: Caller) -> None:
         """One more request of ``caller``, of which nothing was looked at yet. Raises :class:`Overloaded`."""
         _check(self._limits.take_request(caller.tenant, time.monotonic(), caller.limits))

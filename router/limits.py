@@ -69,6 +69,11 @@ class Limits:
     default: TenantLimits = field(default_factory=TenantLimits)
     _accounts: dict[str, _Account] = field(default_factory=dict)
 
+    def refusal(self, tenant: str, now_s: float, own: TenantLimits | None = None) -> Refusal | None:
+        """What :meth:`take_request` would say; takes nothing."""
+        account = self._account(tenant, now_s, own or TenantLimits())
+        return _short(account.requests if account else None, 1, "requests")
+
     def take_request(self, tenant: str, now_s: float, own: TenantLimits | None = None) -> Refusal | None:
         """Takes one request from ``tenant``, or says why not. own: the tenant's limits."""
         account = self._account(tenant, now_s, own or TenantLimits())
@@ -111,11 +116,15 @@ class Limits:
         self._accounts = {tenant: account for tenant, account in self._accounts.items() if not account.full}
 
 
-def _take(bucket: _Bucket | None, amount: int, what: str) -> Refusal | None:
-    if bucket is None:
+def _short(bucket: _Bucket | None, amount: int, what: str) -> Refusal | None:
+    if bucket is None or not (wait_s := bucket.lacking_s(amount)):
         return None
-    if (wait_s := bucket.lacking_s(amount)) > 0.0:
-        left = max(0, math.floor(bucket.level))
-        return Refusal(f"{amount} {what} asked for, {left} left of {bucket.capacity} {what} per minute", wait_s)
-    bucket.level -= amount
-    return None
+    left = max(0, math.floor(bucket.level))
+    return Refusal(f"{amount} {what} asked for, {left} left of {bucket.capacity} {what} per minute", wait_s)
+
+
+def _take(bucket: _Bucket | None, amount: int, what: str) -> Refusal | None:
+    refusal = _short(bucket, amount, what)
+    if bucket is not None and refusal is None:
+        bucket.level -= amount
+    return refusal

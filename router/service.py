@@ -120,6 +120,18 @@ class InferenceService:
         """What this deployment serves and allows."""
         return self._limits
 
+    def admit(self, metadata: Metadata) -> Caller:
+        """Whose call it is, before its body is read. Raises as the gate does, and :class:`Overloaded` over the rate."""
+        caller = self.gate.admit(metadata)
+        try:
+            self._entry.look(caller)
+        except Overloaded as error:
+            self._counters.refused += 1
+            self._refusals[error.reason] += 1
+            self.observer.meters.rejected(error.reason, self._config.admission.default_class)
+            raise
+        return caller
+
     # ---- generation
 
     async def generate(self, body: bytes, context: status.Context) -> AsyncGenerator[pb.GenerateResponse]:

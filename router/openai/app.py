@@ -78,6 +78,7 @@ def build(service: InferenceService) -> Starlette:
     admits: dict[str, Admit] = {
         "/health": lambda _: ANYBODY, "/metrics": gate.admit_operator, OWN_PATH: gate.admit_operator
     }  # fmt: skip
+    admits |= {path: service.admit for path, _, _ in posts}
     routes = [
         Route(path, Endpoint(handler, kind, limits, admits.get(path, gate.admit)), methods=[method])
         for method, path, handler, kind in (

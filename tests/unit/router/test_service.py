@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from baton.config import parse
 from baton.errors import InvalidRequest, Overloaded, Unavailable
 from baton.wire import inference_pb2 as pb
 from router import service as service_module
+from router.openai.app import build
 from router.service import InferenceService
 
 CONFIG = parse({"model": {"dtype": "float32", "max_context": 512}, "router": {"max_inflight": 2, "recovery_s": 0.1}})
@@ -81,6 +84,30 @@ async def test_questions_count_against_the_tenants_rate(service: InferenceServic
         with pytest.raises(Overloaded) as refused:
             await question
         assert refused.value.reason == "rate_limit_exceeded"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+async def test_over_http_the_rate_refuses_before_the_body_is_read(model_folder: Path, path: str) -> None:
+    service = InferenceService(CONFIG.with_flags({"admission.requests_per_minute": 1}), model_folder, router_id="r")
+    await service.tokenize(pb.TokenizeRequest(prompt="x"))
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"4000000")]
+    scope: dict[str, Any] = {
+        "type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b"", "root_path": "",
+    }  # fmt: skip
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError("the body was read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await build(service)(scope, receive, send)
+    assert sent[0]["status"] == 429
+    assert json.loads(sent[1]["body"])["error"]["code"] == "rate_limit_exceeded"
+    assert dict(service.report().router.refusals) == {"rate_limit_exceeded": 1}
+    assert service.observer.meters.rejections.sums == {("rate_limit_exceeded",): 1}
+    await service.close()
 
 
 async def test_few_questions_are_answered_at_a_time(service: InferenceService, monkeypatch: pytest.MonkeyPatch) -> None:
