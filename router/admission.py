@@ -112,8 +112,11 @@ class Admission:
         return dropped
 
     def overdue(self, outlook: Outlook, now_s: float) -> list[Dropped]:
-        """Those that wait for what will not come in time even if all goes as well as it did on average."""
-        if not self.predict or not self.waiting:
+        """Those that wait for what will not come in time even if all goes as well as it did on average.
+
+        While nothing is under way nobody is: the next one is about to be taken, and nothing is lost by trying.
+        """
+        if not self.predict or not self.waiting or self._seen(outlook, now_s).idle:
             return []
         learned = replace(outlook.learned, ttft_factor=min(1.0, outlook.learned.ttft_factor))
         victims = self._late(self.waiting, self._seen(replace(outlook, learned=learned), now_s), now_s)

@@ -80,6 +80,16 @@ def test_what_is_predicted_wrongly_never_locks_an_idle_service() -> None:
     assert not admission().offer(claim(1, ttft_s=0.1, tpot_s=0.1), idle, 0.0)
 
 
+def test_whoever_finds_the_service_idle_begins_however_little_time_he_has() -> None:
+    line, idle = admission(), Outlook((decode_view(),), token_s=1.0, fastest_s=1.0)
+    hasty = claim(1, deadline_s=0.001)
+    assert not line.offer(hasty, idle, 0.0)
+    assert not line.overdue(idle, 0.0)
+    assert line.take(idle, 0.0) == hasty
+    assert not line.offer(claim(2, deadline_s=900.0), idle, 0.0)
+    assert reasons(line.overdue(idle, 899.0)) == [(2, "shed")], "somebody is under way"
+
+
 def test_the_line_ahead_counts() -> None:
     line = admission()
     assert not line.offer(claim(1, prompt_tokens=1000), workers(0.5), 0.0)
