@@ -315,8 +315,8 @@ def test_whoever_is_let_in_would_be_in_time_and_the_line_is_in_order(
             assert one.claim.number == number or one.claim.priority < priority
         assert line.waiting == sorted(line.waiting, key=lambda one: one.rank(line.aging_s))
     line.overdue(outlook, now_s)
-    for one in line.waiting:
-        assert now_s + line.ttft_s(one, outlook, now_s) <= one.due_s + 1e-9
+    for kept in line.waiting:
+        assert now_s + line.ttft_s(kept, outlook, now_s) <= kept.due_s + 1e-9
 
 
 @given(CLAIMS)
