@@ -20,7 +20,6 @@ from torch import Tensor
 
 from baton.config_handoff import CODECS
 from baton.layout import KVLayout
-from baton.scheduling import give_way
 from kvtransfer.arena import BufferPool, Region
 from kvtransfer.chooser import Ahead, Load
 from kvtransfer.codecs import make_codec
@@ -169,7 +168,6 @@ class Encoder:
         self._thread.join()
 
     def _run(self) -> None:
-        give_way()
         with lane_of(self._accelerator):
             self._encode_all()
 

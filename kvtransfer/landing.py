@@ -21,7 +21,6 @@ from torch import Tensor
 
 from baton.config_handoff import CODECS
 from baton.layout import DTYPES, KVLayout
-from baton.scheduling import give_way
 from kvtransfer.arena import BufferPool, Region, aligned
 from kvtransfer.codecs import CodecError, make_codec
 from kvtransfer.codecs.block import TORCH_DTYPES
@@ -143,7 +142,6 @@ class Lander:
         self._thread.join()
 
     def _run(self) -> None:
-        give_way()
         with lane_of(self._accelerator):
             self._land_all()
 
