@@ -55,6 +55,8 @@ class Feed:
     gathering: bool = False
     queued_tokens: int = 0  # (layer, token) pairs in ``spans``
     began_at: float = 0.0  # the first span was pushed
+    pushed_at: float = 0.0  # the last one was
+    first_pairs: int = 0  # (layer, token) pairs of the first push
     codec: str = ""  # the last choice
     held: int = 0  # spans for which it still holds
 
@@ -64,15 +66,17 @@ class Feed:
         return not self.spans and not self.gathering
 
     def ahead(self, block: Span, layout: KVLayout, *, backlog_bytes: int, now: float) -> Ahead:
-        """What this handoff still has to do from ``block`` on. Prefill is taken to go on at its pace so far."""
+        """What this handoff still has to do from ``block`` on. Prefill is taken to go on at its pace from push to push;
+        until there is a second one, as if the next came now."""
         coverage = self.dispatch.coverage
         pairs = coverage.missing + self.queued_tokens + block.count
-        pushed = layout.layers * coverage.tokens - coverage.missing
+        later = layout.layers * coverage.tokens - coverage.missing - self.first_pairs
+        pace_s = (self.pushed_at - self.began_at) / later if later else (now - self.began_at) / self.first_pairs
         return Ahead(
             raw_bytes=pairs * layout.layer_token_bytes,
             blocks=-(-pairs // block.count),
             backlog_bytes=backlog_bytes,
-            prefill_s=(now - self.began_at) * coverage.missing / pushed,
+            prefill_s=pace_s * coverage.missing,
             slack_s=self.dispatch.expires_at - now,
         )
 
@@ -121,8 +125,9 @@ class Encoder:
         with self.changed:
             if feed.dispatch.outcome is not None:
                 return True
+            feed.pushed_at = time.monotonic()
             if not feed.began_at:
-                feed.began_at = time.monotonic()
+                feed.began_at, feed.first_pairs = feed.pushed_at, span.count
             for piece in pieces or [span]:
                 if not feed.dispatch.push(piece):
                     return False

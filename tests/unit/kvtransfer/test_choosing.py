@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import time
 
 import pytest
 import torch
 
-from baton.config_handoff import HandoffConfig
+import kvtransfer.receiver
+import kvtransfer.sender
+from baton.config_handoff import EXACT_CODECS, HandoffConfig
 from baton.layout import KVLayout
 from baton.request import TokenEvent
+from kvtransfer.codec_speeds import measure_codecs
 from kvtransfer.handoff import Landed, Lost
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
@@ -82,6 +86,8 @@ async def pair(request, monkeypatch):
         transport="loopback", landing_bytes=8 << 20, staging_bytes=8 << 20,
         quality_floor=getattr(request, "param", "exact"),
     )  # fmt: skip
+    for module in (kvtransfer.receiver, kvtransfer.sender):  # on a busy machine too, every codec is a candidate
+        monkeypatch.setattr(module, "measure_codecs", functools.partial(measure_codecs, budget_s=20.0))
     receiver = Receiver(LAYOUT, config, worker_id="d", generation="gd")
     sender = Sender(LAYOUT, config, worker_id="p", generation="gp")
     await receiver.start()
@@ -89,6 +95,11 @@ async def pair(request, monkeypatch):
     yield Pair(sender, receiver, link)
     await sender.close()
     await receiver.close()
+
+
+def lossy(landed):
+    """(layer, token) pairs that crossed in a lossy codec: which one of two alike is the machine's to say."""
+    return sum(tokens for codec, tokens in landed.codec_tokens.items() if codec not in EXACT_CODECS)
 
 
 async def test_the_codec_changes_with_the_link_and_nothing_is_lost(pair):
@@ -124,7 +135,7 @@ async def test_lossy_levels_only_as_far_as_the_request_allows(pair):
     assert exact.codec_tokens.keys() <= {"raw", "lossless"}
     rough = await pair.hand_over("auto", "int8")
     assert rough.codec_tokens.keys() <= {"raw", "lossless", "int8", "int8-zstd"}
-    assert rough.codec_tokens["int8-zstd"] > 40 * TOKENS  # in the last ones there is too little to gain
+    assert lossy(rough) > 40 * TOKENS
     assert torch.allclose(pair.landed.float(), pair.kv.float(), atol=6.0 / 127)
     assert (await pair.hand_over("auto", "int4")).bytes < rough.bytes
 
@@ -136,7 +147,7 @@ async def test_what_prefill_hides_is_not_made_lossy(pair):
     await pair.push(outgoing, range(60))
     hidden = await pair.end(outgoing)
     assert hidden.codec_tokens["lossless"] > 20 * TOKENS
-    assert hidden.codec_tokens["int8-zstd"] > 0  # the last ones, which nothing hides
+    assert lossy(hidden) > 0  # the last ones, which nothing hides
 
 
 async def test_a_fixed_codec_stays_fixed(pair):

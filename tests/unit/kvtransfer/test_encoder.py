@@ -118,3 +118,24 @@ def test_a_large_push_is_cut_into_blocks():
     assert [(block.start, block.count) for block in big.on_staged.blocks] == [(0, 128), (128, 128), (256, 44)]
     encoder.drop(big)
     encoder.close()
+
+
+def test_prefill_goes_on_at_its_pace_from_push_to_push(encoder):
+    """Not up to now: until then the encoder may have been at work, and not prefill."""
+    coverage = Coverage(LAYOUT.layers, 8)
+    made = Feed(
+        Dispatch("r", 1, coverage, 1e9), ("raw",), "p", Route(RATIOS), lambda *_: None,
+        on_staged=lambda block: None, on_idle=lambda: None, on_failed=lambda reason: None,
+    )  # fmt: skip
+    coverage.add(Span(0, 0, 8))
+    made.began_at = made.pushed_at = 10.0
+    made.first_pairs = 8
+
+    def prefill_s(now):
+        return made.ahead(Span(0, 0, 8), LAYOUT, backlog_bytes=0, now=now).prefill_s
+
+    assert prefill_s(now=10.001) == pytest.approx(0.001 * 63)
+    coverage.add(Span(1, 0, 8))
+    coverage.add(Span(2, 0, 8))
+    made.pushed_at = 10.5
+    assert prefill_s(now=10.5) == prefill_s(now=11.5) == pytest.approx(0.25 * 61)
