@@ -12,6 +12,7 @@ import logging
 from typing import Any
 
 import ray
+from ray._common.network_utils import get_localhost_ip
 from ray.serve._private.common import DeploymentID, DeploymentTargetInfo, ReplicaID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
@@ -30,11 +31,11 @@ class Directory:
     """
 
     def __init__(self, service: InferenceService, own: ReplicaID, roles: tuple[Role, ...]) -> None:
-        self._pools = service.pools
+        self._pools, here = service.pools, ray.util.get_node_ip_address()
 
         def routers(targets: DeploymentTargetInfo) -> None:
             service.health.listed(any(replica.replica_id == own for replica in targets.running_replicas))
-            service.siblings.update(http_addresses(targets))
+            service.siblings.update(http_addresses(targets, here))
 
         app_name = own.deployment_id.app_name
         listeners = {DeploymentID(role, app_name): self._listener(role) for role in roles}
@@ -56,12 +57,16 @@ class Directory:
         return changed
 
 
-def http_addresses(targets: DeploymentTargetInfo) -> dict[str, str]:
-    """Where each of the routers among ``targets`` serves HTTP itself, past the ingress, by its id."""
+def http_addresses(targets: DeploymentTargetInfo, here: str) -> dict[str, str]:
+    """Where each of the routers among ``targets`` serves HTTP itself, past the ingress, by its id.
+
+    Those on this node, ``here``, by loopback, as HAProxy reaches them: it may be all that they listen on.
+    """
     found = {}
     for replica in targets.running_replicas:
         if replica.node_ip and replica.backend_http_port:
-            host = f"[{replica.node_ip}]" if ":" in replica.node_ip else replica.node_ip
+            address = get_localhost_ip() if replica.node_ip == here else replica.node_ip
+            host = f"[{address}]" if ":" in address else address
             found[replica.replica_id.unique_id] = f"{host}:{replica.backend_http_port}"
     return found
 
