@@ -109,6 +109,13 @@ def live(tree: dict[str, Any], scratch: Path) -> dict[str, Any]:
             wait_for(prefill=["127.0.0.5"], decode=["127.0.0.4"], none_of=before)
             time.sleep(2.0)
             found["after_upgrade"] = load.count()
+            note(load, "scale")
+            before, began_s = workers(), time.monotonic()
+            (decode,) = (one for one in tree["applications"][0]["deployments"] if one["name"] == "decode")
+            decode["num_replicas"] = 2
+            deploy(tree, scratch)
+            wait_for(prefill=["127.0.0.5"], decode=["127.0.0.4", "127.0.0.4"])
+            found["stayed"], found["scale_s"] = before <= workers(), time.monotonic() - began_s
         found["failures"], found["answers"] = load.failures, sorted({tuple(answer) for answer in load.answers})
         return found
     finally:

@@ -35,6 +35,7 @@ def test_no_request_is_lost_in_the_life_of_a_cluster(model_folder: Path, tmp_pat
     assert {tuple(failure) for failure in found["failures"]} <= {
         ("kill", "UNAVAILABLE: no prefill worker is connected")
     }
+    assert found["stayed"], "a change of num_replicas alone restarted workers"
     assert 0 < found["after_drain"] < found["after_kill"] < found["after_upgrade"]
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     prompt = list(range(1000, 1200))
