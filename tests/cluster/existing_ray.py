@@ -1,7 +1,7 @@
 """Run inside namespaces of its own: three raylets on 127.0.0.1, .2 and .3, `baton up --address` across them, questions.
 
-Prints one JSON line with the workers' hosts, the answer and what the commands said. Started by ``test_existing_ray.py``;
-not a test itself.
+Prints one JSON line with the workers' hosts, the answer and what the commands said. Started by
+``test_existing_ray.py``; not a test itself.
 """
 
 from __future__ import annotations
