@@ -7,12 +7,15 @@ begin: its few clients leave the machine idle at times. Then multiples of the ca
 no cache helps.
 
 admitted: not refused at once; whoever is shed later was admitted and missed. goodput: requests per second that met both
-objectives, of all that came in that span. refusal_ms: from sending to the refusal, at the client.
+objectives, of all that came in that span. refusal_ms: from sending to the refusal, at the client, which shares the
+cores with all the rest; front_refusal_ms: the same at HAProxy, from the call's first byte to the last of the answer;
+client_lag_ms: how much later than due the client sent, which is what it had to wait for a core itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections import Counter
@@ -24,6 +27,7 @@ import typer
 from baton.config import Config
 from baton.wire import inference_pb2 as pb
 from bench import report, workload
+from bench.front_log import FrontLog, Served
 from bench.load import Ask, Target, run
 from bench.stats import Record, Slo, distribution, percentile
 from deploy import local
@@ -94,13 +98,21 @@ async def sweep(measured: Callable[[float], Awaitable[dict[str, Any]]], first_pe
     return rows
 
 
-def row(rate_per_s: float, share: float, records: Sequence[Record], slo: Slo) -> dict[str, Any]:
-    """The figures of one rate."""
+def row(
+    rate_per_s: float, share: float, records: Sequence[Record], served: Sequence[Served], slo: Slo
+) -> dict[str, Any]:
+    """The figures of one rate. served: the same requests as the front saw them.
+
+    The front cannot tell who was refused from who was shed: as many of the slowest are left out as were shed.
+    """
     refused = [one for one in records if one.status == "RESOURCE_EXHAUSTED" and one.reason != LATE]
     admitted = [one for one in records if one not in refused]
     met = [one for one in admitted if slo.met(one)]
     span_s = records[-1].due_s - records[0].due_s
     waits_ms = [1e3 * (one.ended_s - one.sent_s) for one in refused]
+    shed = sum(one.reason == LATE for one in records)
+    errors_ms = sorted(one.all_ms for one in served if one.refused)
+    front_ms = errors_ms[: len(errors_ms) - shed]
     good = [one for one in admitted if one.ok]
     return {
         "share_of_capacity": share,
@@ -112,13 +124,31 @@ def row(rate_per_s: float, share: float, records: Sequence[Record], slo: Slo) ->
         "by_reason": dict(Counter(one.reason or one.status for one in records)),
         "ttft_ms": distribution([one.ttft_s for one in good]),
         "tpot_ms": distribution([one.tpot_s for one in good]),
-        "refusal_ms": {f"p{percent}": percentile(waits_ms, percent) for percent in (50, 90, 99)} if refused else {},
-        "refused_within_20_ms": sum(wait_ms <= REFUSED_MS for wait_ms in waits_ms) / len(refused) if refused else 1.0,
+        "refusal_ms": _percentiles(waits_ms),
+        "front_refusal_ms": _percentiles(front_ms),
+        "refused_within_20_ms": _within(waits_ms),
+        "front_refused_within_20_ms": _within(front_ms),
+        "client_lag_ms": _percentiles([1e3 * one.lag_s for one in records]),
     }
 
 
+def _percentiles(waits_ms: Sequence[float]) -> dict[str, float]:
+    return {f"p{percent}": percentile(waits_ms, percent) for percent in (50, 90, 99, 100)} if waits_ms else {}
+
+
+def _within(waits_ms: Sequence[float]) -> float:
+    return sum(wait_ms <= REFUSED_MS for wait_ms in waits_ms) / len(waits_ms) if waits_ms else 1.0
+
+
 async def measure(
-    address: str, shares: Sequence[float], *, seconds: float, prompt: workload.Lengths, output: int, slo: Slo
+    address: str,
+    log: FrontLog,
+    shares: Sequence[float],
+    *,
+    seconds: float,
+    prompt: workload.Lengths,
+    output: int,
+    slo: Slo,
 ) -> dict[str, Any]:
     """The capacity, then every share of it in turn, the highest last."""
     async with Target(address, channels=2) as target:
@@ -126,11 +156,12 @@ async def measure(
 
         async def measured(rate_per_s: float, capacity_per_s: float) -> dict[str, Any]:
             records = await offered(target, rate_per_s, seconds, prompt, output)
-            one = row(rate_per_s, rate_per_s / capacity_per_s, records, slo)
+            one = row(rate_per_s, rate_per_s / capacity_per_s, records, await log.calls(), slo)
             _tell(one)
             return one
 
         guess = await closed(target, prompt, output, CLOSED_S)
+        await log.calls()
         print(f"closed loop {guess:.2f} requests/s; looking for the most goodput", flush=True)
         rising = await sweep(lambda rate_per_s: measured(rate_per_s, guess), FIRST * guess)
         reached = max(one["goodput_per_s"] for one in rising)
@@ -143,6 +174,7 @@ async def measure(
         "admitted_met_share": last["admitted_met_share"],
         "goodput_of_peak": last["goodput_per_s"] / peak if peak else 0.0,
         "refused_within_20_ms": last["refused_within_20_ms"],
+        "front_refused_within_20_ms": last["front_refused_within_20_ms"],
     }
     met = all(verdict[name] >= PROMISED for name in ("admitted_met_share", "goodput_of_peak"))
     refusal_p99_ms = last["refusal_ms"].get("p99", 0.0)
@@ -151,17 +183,27 @@ async def measure(
         "closed_loop_per_s": guess,
         "rising": rising,
         "rows": rows,
-        "at_most_load": verdict | {"refusal_p99_ms": refusal_p99_ms},
+        "at_most_load": verdict
+        | {"refusal_p99_ms": refusal_p99_ms, "front_refusal_p99_ms": last["front_refusal_ms"].get("p99", 0.0)},
         "met": met and refusal_p99_ms <= REFUSED_MS,
     }
 
 
 def _tell(one: dict[str, Any]) -> None:
-    ttft, refusal = one["ttft_ms"].get("p90", 0.0), one["refusal_ms"].get("p99", 0.0)
+    ttft = one["ttft_ms"].get("p90", 0.0)
+    refusals = ", ".join(
+        f"{where} p50 {ms['p50']:.1f} p99 {ms['p99']:.1f} most {ms['p100']:.1f} ms"
+        for where, ms in (
+            ("client", one["refusal_ms"]),
+            ("front", one["front_refusal_ms"]),
+            ("the client's lag", one["client_lag_ms"]),
+        )
+        if ms
+    )
     print(
         f"{one['share_of_capacity']:4.1f}x {one['rate_per_s']:5.2f}/s: {one['admitted']}/{one['requests']} admitted, "
         f"{one['admitted_met_share']:.1%} of them in time, goodput {one['goodput_per_s']:.2f}/s, "
-        f"TTFT p90 {ttft:.0f} ms, refusals p99 {refusal:.1f} ms, {one['by_reason']}",
+        f"TTFT p90 {ttft:.0f} ms, refusals: {refusals}; {one['by_reason']}",
         flush=True,
     )
 
@@ -188,13 +230,17 @@ def main(
         }
     )
     lengths = workload.lengths(prompt)
-    endpoints = local.up(config, progress=lambda line: None)
-    try:
-        slo = Slo(ttft_ms / 1e3, tpot_ms / 1e3)
-        rates = [float(share) for share in shares.split(",")]
-        result = asyncio.run(measure(endpoints.grpc, rates, seconds=seconds, prompt=lengths, output=output, slo=slo))
-    finally:
-        local.down(config.name, progress=lambda line: None)
+    with FrontLog() as log:
+        os.environ.update(log.environment)
+        endpoints = local.up(config, progress=lambda line: None)
+        try:
+            slo = Slo(ttft_ms / 1e3, tpot_ms / 1e3)
+            rates = [float(share) for share in shares.split(",")]
+            result = asyncio.run(
+                measure(endpoints.grpc, log, rates, seconds=seconds, prompt=lengths, output=output, slo=slo)
+            )
+        finally:
+            local.down(config.name, progress=lambda line: None)
     print(result["at_most_load"], "met" if result["met"] else "NOT met")
     report.save("overload", result)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench.front_log import Served
 from bench.overload import MOST_RATES, row, sweep
 from bench.stats import Record, Slo
 
@@ -29,17 +30,20 @@ def test_whoever_is_shed_was_admitted_and_missed() -> None:
         record(3, status=full, reason="SHED", ended_s=0.9),
         record(4, status=full, reason="LINE_FULL", ended_s=0.03),
     ]
-    figures = row(2.0, 3.0, records, SLO)
+    figures = row(
+        2.0, 3.0, records, [Served(500, 600), Served(8, 8), Served(890, 898), Served(11, 12), Served(9, 700)], SLO
+    )
     assert (figures["requests"], figures["admitted"]) == (5, 3)
     assert figures["admitted_met_share"] == pytest.approx(1 / 3)
     assert figures["goodput_per_s"] == pytest.approx(1 / 4)
     assert figures["refused_within_20_ms"] == 0.5
     assert figures["refusal_ms"]["p50"] == pytest.approx(20.0)
+    assert (figures["front_refused_within_20_ms"], figures["front_refusal_ms"]["p50"]) == (1.0, 10.0)
     assert figures["by_reason"] == {"OK": 2, "TTFT": 1, "SHED": 1, "LINE_FULL": 1}
 
 
 def test_nobody_refused() -> None:
-    figures = row(1.0, 0.5, [record(0, first_s=0.5), record(1, first_s=0.5)], SLO)
+    figures = row(1.0, 0.5, [record(0, first_s=0.5), record(1, first_s=0.5)], [Served(500, 550), Served(500, 550)], SLO)
     assert (figures["refusal_ms"], figures["refused_within_20_ms"], figures["admitted_met_share"]) == ({}, 1.0, 1.0)
 
 
