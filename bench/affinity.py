@@ -25,13 +25,14 @@ from matplotlib.figure import Figure
 from baton.config_routing import RoutingConfig, Strategy
 from bench.report import FOLDER, save
 from placement import roofline, traces
+from placement.cluster import Cluster, Pool
 from placement.cost import CostModel, StepShape
 from placement.hardware import Hardware
 from placement.linear import LinearCost
 from placement.model_shape import ModelShape
 from placement.outcome import Outcome
 from placement.replica import EngineLimits
-from placement.simulator import Cluster, Pool, simulate
+from placement.simulator import simulate
 from placement.workload import Arrival, Workload
 
 TRACE = Path(__file__).parents[2] / "shared" / "data" / "traces" / "mooncake_conversation.jsonl"

@@ -58,6 +58,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tpot-ms", type=_positive, default=100.0, help="objective per later token (%(default)s)")
     add("--codec", default="", help="codec of the handoff; default: the deployment's")
     add("--timeout", type=_positive, default=120.0, help="seconds until a request counts as failed (%(default)s)")
+    add("--rest", type=_positive, default=5.0, help="seconds for reading the load at rest (%(default)s)")
     add("--channels", type=_count, default=4, help="gRPC connections (%(default)s)")
     add("--seed", type=int, default=0, help="of arrivals, sizes and prompts (%(default)s)")
     add("--label", default="", help="added to the names of the result files")
@@ -100,14 +101,17 @@ async def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     async with Target(chosen.address, chosen.channels) as target:
         await target.connect(CONNECT_S)
         models = await target.stub(0).ListModels(pb.ListModelsRequest(), timeout=CONNECT_S)
-        document = _preamble(chosen, await _status(target))
+        meter = machine.Meter()
+        await asyncio.sleep(chosen.rest)
+        document = _preamble(chosen, await _status(target)) | {"at_rest": asdict(meter.read())}
         for number, rate_per_s in enumerate(chosen.sweep or [chosen.rate]):
             planned = plan(chosen, rate_per_s, models.models[0].max_context_tokens)
             mean_rate = rate_per_s or (len(planned) - 1) / max(planned[-1].at_s, 1e-9)
             asks = _asks(planned, models.models[0], chosen.codec, random.Random(f"{chosen.seed}/{number}"))
+            meter = machine.Meter()
             records = await run(target, asks, timeout_s=chosen.timeout, stop=stop, progress=_progress(mean_rate, asks))
             kept = [record for record in records if record.status != CUT_OFF and record.index >= chosen.warmup]
-            document["runs"].append(_outcome(mean_rate, kept, slo))
+            document["runs"].append(_outcome(mean_rate, kept, slo) | {"cores": asdict(meter.read())})
             runs.append(Run(mean_rate, kept))
             _tell(document["runs"][-1])
             if not stop.is_set() and not await _idle(target):

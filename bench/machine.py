@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+import psutil
 
 DISTRIBUTIONS = ("torch", "triton", "ray", "nixl", "grpcio")  # those that are there: a GPU machine may be bare
 
@@ -24,6 +28,26 @@ def describe() -> dict[str, object]:
         "libraries": _installed(),
         "commit": _commit(),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Cores in use on average over a time, by everybody on this machine, and those that its host gave to others."""
+
+    busy: float
+    stolen: float
+
+
+class Meter:
+    """Reads :class:`Cores` since it was made."""
+
+    def __init__(self) -> None:
+        self._since_s, self._then = time.monotonic(), psutil.cpu_times()
+
+    def read(self) -> Cores:
+        passed_s, now, then = time.monotonic() - self._since_s, psutil.cpu_times(), self._then
+        busy_s = sum(getattr(now, name) - getattr(then, name) for name in ("user", "nice", "system", "irq", "softirq"))
+        return Cores(busy_s / passed_s, (now.steal - then.steal) / passed_s)
 
 
 def _installed() -> dict[str, str]:

@@ -24,7 +24,8 @@ from bench.plan_fixture import DATA, FITS
 from bench.report import FOLDER, save
 from placement import plan as plans
 from placement import report, traces
-from placement.composition import Composition, Space, Way
+from placement.cluster import Cluster, Pool
+from placement.composition import LINE, Composition, Space, Way
 from placement.fits import OptFit
 from placement.goodput import Trial, improve, rate_at
 from placement.hardware import Hardware
@@ -33,8 +34,8 @@ from placement.model_shape import ModelShape
 from placement.outcome import Slo
 from placement.profile import Profile
 from placement.replica import EngineLimits
-from placement.search import Found, enough, exhaustive, search
-from placement.simulator import Cluster, Pool, simulate
+from placement.search import Found, enough, exhaustive, search, with_help
+from placement.simulator import simulate
 from placement.spaces import gpu_space
 from placement.synthetic import ObservedLengths, Poisson, draw
 from placement.tables import convert
@@ -85,7 +86,8 @@ def speed(requests: int = 5000) -> None:
         "2 co-located, 6/s": (Cluster(Pool(cost, 2, limits)), 6.0),
     }
     rows = {}
-    for name, (cluster, rate) in cases.items():
+    for name, (bare, rate) in cases.items():
+        cluster = replace(bare, local_prefill=True, admission=LINE)
         arrivals = trace.at_rate(rate).arrivals
         seconds = {fast: min(_timed(partial(simulate, cluster, arrivals, fast=fast)) for _ in range(3 if fast else 1))
                    for fast in (True, False)}  # fmt: skip
@@ -141,7 +143,7 @@ def _toy(tp: int, prefill_token_s: float, context_token_s: float, transfer_token
     cost = LinearCost(
         0.01, prefill_token_s, 1e-4, context_token_s, transfer_token_s, capacity_tokens=1 << 16, gpus=tp
     )  # fmt: skip
-    return Way(tp, 1, EngineLimits(max_running=64), cost)
+    return Way(tp, 1, EngineLimits(max_running=64, mixed_tokens=2048), cost)
 
 
 @app.command()
@@ -155,7 +157,7 @@ def seventy(gpus: int = 32, requests: int = 4000, pipeline: bool = False) -> Non
         rates = executor.map(partial(_goodput, trial), halves)
         goodput, (half, _) = max(zip(rates, halves, strict=True), key=lambda pair: pair[0])
         labels = {"model": "llama-3.1-70b", "hardware": "h200-sxm"}
-        made = plans.make(found.best[0], found, trial, labels, mapper=executor.map)
+        made = plans.make(with_help(found.best[0], trial), found, trial, labels, mapper=executor.map)
     even = plans.Alternative("equal halves: " + half.title, gpus, goodput)
     made = replace(made, alternatives=(*made.alternatives, even))
     print("\n".join(made.story()))
@@ -184,7 +186,8 @@ def _goodput(trial: Trial, half: tuple[Composition, float]) -> float:
 
 def _h200(model: str, *, pipeline: bool) -> Space:
     shape, tables = ModelShape.load(model), convert(DATA / "h200")
-    return gpu_space(shape, Hardware.load("h200-sxm"), tables, longest=8192, pipeline=pipeline)
+    gap_s = CONVERSATIONS.tpot_s
+    return gpu_space(shape, Hardware.load("h200-sxm"), tables, longest=8192, gap_s=gap_s, pipeline=pipeline)
 
 
 def _conversations() -> Workload:

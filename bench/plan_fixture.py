@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from placement import traces
+from placement.cluster import Cluster
 from placement.composition import Composition, Space, Way
 from placement.cost import StepShape
 from placement.fits import OptFit
@@ -24,7 +25,7 @@ from placement.goodput import Trial, climb, decode_alone, improve, prefill_alone
 from placement.outcome import Outcome, Slo
 from placement.replica import EngineLimits
 from placement.search import search
-from placement.simulator import Cluster, simulate
+from placement.simulator import simulate
 from placement.synthetic import ObservedLengths, Poisson, draw
 from placement.workload import Arrival, Workload
 
@@ -36,7 +37,7 @@ FIGURES = {
     "decode TP1": 4.06, "decode TP2": 3.75, "decode TP4": 5.06, "decode PP2": 5.00,
     "split, best": 2.11, "co-located TP1": 1.02, "co-located TP2": 1.56,
 }  # fmt: skip
-UNLIMITED = EngineLimits(step_tokens=1 << 30, max_running=1 << 20, max_waiting=1 << 20)
+UNLIMITED = EngineLimits(step_tokens=1 << 30, max_running=1 << 20, max_waiting=1 << 20, mixed_tokens=1 << 30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def honest(requests: int = 5000) -> dict[str, Any]:
     """Joint attainment, memory limits, transfers as the fits' cost model has them, free replication on 4 GPUs."""
     workload = draw("azure-short", requests, 1.0, Poisson(), ObservedLengths(tuple(short_pairs())), seed=1)
     trial = Trial(workload, SLO, requests)
-    limits = EngineLimits(step_tokens=2048, max_running=512)
+    limits = EngineLimits(step_tokens=2048, max_running=512, mixed_tokens=2048)
     ways = tuple(
         Way(tp, pp, limits, OptFit.load(FITS["distserve"], tp=tp, pp=pp))
         for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))

@@ -22,7 +22,7 @@ from placement.hardware import BUILT_IN, Hardware
 from placement.model_shape import ModelShape
 from placement.outcome import Slo
 from placement.profile import Profile, ProfiledReplica
-from placement.search import Found, Mapper, Scored, enough, search
+from placement.search import Found, Mapper, Scored, enough, search, with_help
 from placement.spaces import gpu_space, profiled_space
 from placement.tables import Tables
 from placement.workload import SHARES, Description, Workload, describe
@@ -72,7 +72,7 @@ def plan(
 ) -> None:
     """Find the pools that meet the SLOs, and say why these."""
     trace = traces.load(workload).fitting(max_context)
-    space, labels = _space(model, hardware, tables, profile, longest=_longest(trace), pipeline=pipeline)
+    space, labels = _space(model, hardware, tables, profile, longest=_longest(trace), gap_s=tpot_s, pipeline=pipeline)
     if not space.whole:
         raise ConfigError(f"{labels['model']} does not fit {labels['hardware']} at any degree", field="hardware")
     slo = Slo(ttft_s, tpot_s, attainment)
@@ -92,17 +92,17 @@ def plan(
 
 
 def _space(
-    model: str, hardware: str, tables: Path | None, profile: Path | None, *, longest: int, pipeline: bool
+    model: str, hardware: str, tables: Path | None, profile: Path | None, *, longest: int, gap_s: float, pipeline: bool
 ) -> tuple[Space, dict[str, str]]:
     if profile is not None:
         measured = Profile.load(profile)
         cost = ProfiledReplica(
             measured, codec=AUTO, transport=next(iter(measured.wires)), kv_tokens=max(32768, longest)
         )
-        return profiled_space(cost), {"model": measured.model, "hardware": "worker as profiled"}
+        return profiled_space(cost, gap_s=gap_s), {"model": measured.model, "hardware": "worker as profiled"}
     shape, machine = ModelShape.load(model), Hardware.load(hardware)
     kernels = Tables.load(tables) if tables else None
-    return gpu_space(shape, machine, kernels, longest=longest, pipeline=pipeline), {
+    return gpu_space(shape, machine, kernels, longest=longest, gap_s=gap_s, pipeline=pipeline), {
         "model": shape.name,
         "hardware": machine.name,
     }
@@ -112,7 +112,7 @@ def _chosen(found: Found, gpus: int, rate: float | None, trial: Trial, mapper: M
     if not found.best:
         raise ConfigError("no way to run the model meets these SLOs at any rate", field="slo")
     if rate is None:
-        return found.best[0]
+        return with_help(found.best[0], trial)
     chosen = fewest(found, gpus, rate, trial, mapper=mapper, progress=progress.print)
     if chosen is None:
         raise ConfigError(f"{rate:g} requests/s are not met; {found.best[0].goodput:.2f} are", field="rate")

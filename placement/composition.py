@@ -7,13 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from baton.config_admission import AdmissionConfig
+from placement.cluster import Cluster, Pool
 from placement.cost import CostModel
 from placement.replica import EngineLimits
-from placement.simulator import Cluster, Pool
 
 SPLITS = 3  # splits tried per pair of ways where there are too many to try
 EVERY_SPLIT_UP_TO = 8  # accelerators: up to here each of them is tried
 CELL_SLACK = 1.25  # how much better than promised the few replicas of a cell may be
+
+# Requests of the default class are promised nothing but a deadline, minutes away: no prediction turns them away.
+LINE = AdmissionConfig(predict=False)
 
 Affinity = Literal["low", "high"]
 
@@ -68,6 +72,7 @@ class Composition:
     prefills: int = 0
     affinity: Affinity = "low"
     cells: int = 1
+    local_prefill: bool = False  # decode workers compute prompts where the router finds that sooner
 
     @property
     def gpus(self) -> int:
@@ -76,15 +81,20 @@ class Composition:
 
     @property
     def cluster(self) -> Cluster:
-        """One cell."""
+        """One cell. Without the router's line: for one class without promises it changes only where requests wait."""
         prefill = self.prefill.pool(self.prefills) if self.prefill else None
-        return Cluster(decode=self.decode.pool(self.decodes), prefill=prefill)
+        return Cluster(
+            decode=self.decode.pool(self.decodes),
+            prefill=prefill,
+            local_prefill=self.local_prefill,
+        )
 
     @property
     def title(self) -> str:
         if self.prefill is None:
             return f"{self.decodes} co-located ({self.decode})"
-        split = f"{self.prefills} prefill ({self.prefill}) + {self.decodes} decode ({self.decode})"
+        helping = ", computing prompts too" if self.local_prefill else ""
+        split = f"{self.prefills} prefill ({self.prefill}) + {self.decodes} decode ({self.decode}{helping})"
         return split if self.affinity == "low" else f"{self.cells} nodes of {split}"
 
 

@@ -7,8 +7,9 @@ fits of OPT on A100). All are pure: a shape in, seconds out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +55,32 @@ class SummedCostModel(CostModel, Protocol):
     """
 
     def decode_step_s(self, batch: int, context_sum: int) -> float: ...
+
+
+StepTimes = Callable[[tuple[int, ...], float, int, float], list[float]]
+"""(contexts of a batch, start, n, slowdown) -> when each of the next n decode steps of that batch ends."""
+
+
+def step_times(cost: CostModel) -> StepTimes:
+    """Asks the cost model for every step; through the sum of the contexts where the model allows it."""
+    if hasattr(cost, "decode_step_s"):
+        decode_step_s = cast(SummedCostModel, cost).decode_step_s
+
+        def by_sum(contexts: tuple[int, ...], now_s: float, steps: int, slowdown: float) -> list[float]:
+            batch, context_sum, ends_s = len(contexts), sum(contexts), []
+            for _ in range(steps):
+                now_s += slowdown * decode_step_s(batch, context_sum)
+                context_sum += batch
+                ends_s.append(now_s)
+            return ends_s
+
+        return by_sum
+
+    def by_contexts(contexts: tuple[int, ...], now_s: float, steps: int, slowdown: float) -> list[float]:
+        ends_s = []
+        for step in range(steps):
+            now_s += slowdown * cost.step_s(StepShape((), tuple(context + step for context in contexts)))
+            ends_s.append(now_s)
+        return ends_s
+
+    return by_contexts

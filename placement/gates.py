@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from placement.cluster import Cluster
 from placement.composition import Composition, Way
 from placement.goodput import INSTANT, Trial, rate_at
 from placement.replica import EngineLimits
-from placement.simulator import Cluster
 
 MARGIN_STEPS = 2  # grid steps of the rate: a pool alone need only meet so much less
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from placement.cluster import Cluster, Pool
 from placement.cost import StepShape
 from placement.outcome import Outcome, Slo
 from placement.replica import EngineLimits
-from placement.simulator import Cluster, Pool, simulate
+from placement.simulator import simulate
 from placement.workload import Workload
 
 RATE_STEP = 1.02

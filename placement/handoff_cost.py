@@ -68,8 +68,9 @@ class HandoffCost:
         return self.latency_s + sum(stages) / self.layers + late
 
 
-def choose(costs: Mapping[str, HandoffCost], tokens: int) -> str:
-    """The codec that the workers' own chooser takes for a prompt of ``tokens`` alone on the link.
+def choose(costs: Mapping[str, HandoffCost], tokens: int, prefill_s: float = 0.0) -> str:
+    """The codec that the workers' own chooser takes for a prompt of ``tokens`` alone on the link, all of it still to be
+    computed in ``prefill_s``.
 
     ``costs``: by codec, at least one, over the same link and all of the same quality.
     """
@@ -84,4 +85,6 @@ def choose(costs: Mapping[str, HandoffCost], tokens: int) -> str:
         for name, cost in costs.items()
     ]
     link = chooser.Link(one.wire_bytes_per_s, one.wire_layer_s)
-    return chooser.choose(candidates, link, chooser.Ahead(tokens * one.token_bytes, one.layers)).codec
+    return chooser.choose(
+        candidates, link, chooser.Ahead(tokens * one.token_bytes, one.layers, prefill_s=prefill_s)
+    ).codec

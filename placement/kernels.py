@@ -23,10 +23,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from placement.grids import Estimate, Floats
+from placement.grids import Estimate, Flags, Floats
 from placement.hardware import ATTENTION_EFFICIENCY, GEMM_EFFICIENCY, Hardware
 from placement.model_shape import DTYPE_BYTES
-from placement.tables import Tables
+from placement.tables import FP8_ROWS, RAGGED, Tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +113,16 @@ class TableKernels:
     roofline: RooflineKernels
 
     def gemm(self, m: Floats, n: int, k: int) -> Estimate:
-        grid = self.tables.grids.get(f"gemm.{_table_dtype(self.roofline.dtype)}")
+        name = f"gemm.{_table_dtype(self.roofline.dtype)}"
+        grid, ragged = (self.tables.grids.get(table) for table in (name, f"{name}.{RAGGED}"))
         if grid is None:
             return _unsure(self.roofline.gemm(m, n, k))
         flops, _ = gemm_work(m, n, k)
-        return self._floor(grid.estimate(_points(m, float(n), float(k))), flops)
+        points = _points(m, float(n), float(k))
+        estimate = grid.estimate(points)
+        if ragged is not None:
+            estimate = _choose(points[:, 0] % FP8_ROWS != 0, ragged.estimate(points), estimate)
+        return self._floor(estimate, flops)
 
     def prefill_attention(self, batch: Floats, tokens: Floats, heads: Heads) -> Estimate:
         grid = self.tables.grids.get(f"prefill.{_table_dtype(self.roofline.dtype)}.{heads.size}")
@@ -174,6 +179,10 @@ def _table_dtype(dtype: str) -> str:
 
 def _points(*columns: Floats | float) -> Floats:
     return np.stack(np.broadcast_arrays(*(np.atleast_1d(np.asarray(c, dtype=np.float64)) for c in columns)), axis=1)
+
+
+def _choose(first: Flags, one: Estimate, other: Estimate) -> Estimate:
+    return Estimate(np.where(first, one.seconds, other.seconds), np.where(first, one.extrapolated, other.extrapolated))
 
 
 def _sure(seconds: Floats) -> Estimate:

@@ -93,25 +93,25 @@ def measure_steps(
         max_context=max_context, kv_tokens=pool.kv_tokens, page_tokens=pool.page_tokens, max_running=pool.max_running
     )
     budgets = {s.step_tokens for s in grid}
-    pools = {budget: _pool(pool, budget, grid, max_context) for budget in budgets}
+    pools = {budget: pool_for(pool, budget, grid, max_context) for budget in budgets}
     engines = {budget: build_engine(model, own, max_context) for budget, own in pools.items()}
     seen: dict[StepShape, list[float]] = {}
     order = [scenario for round_ in range(rounds) for scenario in random.Random(round_).sample(grid, len(grid))]
-    complete, watch = True, _Watch(clock)
+    complete, watch = True, Watch(clock)
     try:
         for _ in range(2):  # the first steps pay for memory and thread pools
             warm = Scenario(max(budgets), (min(64, max_context // 2),), ())
-            _measure(engines[max(budgets)], pools[max(budgets)], warm, {}, watch)
+            run_scenario(engines[max(budgets)], pools[max(budgets)], warm, {}, watch)
         for done, scenario in enumerate(order):
             progress(_describe(scenario), done / len(order))
-            _measure(engines[scenario.step_tokens], pools[scenario.step_tokens], scenario, seen, watch)
+            run_scenario(engines[scenario.step_tokens], pools[scenario.step_tokens], scenario, seen, watch)
     except KeyboardInterrupt:
         complete = False
     observations = tuple(_observation(shape, times) for shape, times in seen.items())
     return Steps(observations, complete, watch.cpu_s / max(watch.wall_s, 1e-9) / torch.get_num_threads())
 
 
-class _Watch:
+class Watch:
     """Times one call after the other by the clock asked for, and adds up both."""
 
     def __init__(self, clock: Clock) -> None:
@@ -127,7 +127,7 @@ class _Watch:
         return cpu_s if self._clock == "cpu" else wall_s
 
 
-def _pool(pool: PoolConfig, step_tokens: int, grid: Sequence[Scenario], max_context: int) -> PoolConfig:
+def pool_for(pool: PoolConfig, step_tokens: int, grid: Sequence[Scenario], max_context: int) -> PoolConfig:
     """``pool`` with this budget and no more KV than its scenarios need: several engines are held at once."""
     most = max(sum(s.prompts) + sum(s.contexts) for s in grid if s.step_tokens == step_tokens)
     kv_tokens = min(pool.kv_tokens, max(max_context, most + 64 * (DECODE_STEPS + 2 + pool.page_tokens)))
@@ -148,8 +148,8 @@ def _observation(shape: StepShape, times: Sequence[float]) -> Observation:
     return Observation(shape, middle, (quartiles[2] - quartiles[0]) / middle, len(times))
 
 
-def _measure(
-    engine: Engine, pool: PoolConfig, scenario: Scenario, seen: dict[StepShape, list[float]], watch: _Watch
+def run_scenario(
+    engine: Engine, pool: PoolConfig, scenario: Scenario, seen: dict[StepShape, list[float]], watch: Watch
 ) -> None:
     """Runs the scenario to the end of its prefill, or DECODE_STEPS steps, and files each step's time by its shape."""
     twin = Scheduler(

@@ -29,6 +29,8 @@ class PoolPlan:
     step_tokens: int
     max_running: int
     max_waiting: int
+    mixed_tokens: int
+    gap_s: float
     kv_tokens: int
 
     @classmethod
@@ -36,7 +38,7 @@ class PoolPlan:
         limits = way.limits
         return cls(
             replicas, way.tp, way.pp, limits.page_tokens, limits.step_tokens, limits.max_running, limits.max_waiting,
-            way.cost.kv_tokens(),
+            limits.mixed_tokens, limits.gap_s, way.cost.kv_tokens(),
         )  # fmt: skip
 
     @property
@@ -78,6 +80,7 @@ class Plan:
     cells: int
     prefill: PoolPlan | None
     decode: PoolPlan
+    local_prefill: bool
     goodput: float
     curve: tuple[Point, ...]
     alternatives: tuple[Alternative, ...]
@@ -106,6 +109,7 @@ class Plan:
             "model": {"max_context": self.max_context},
             "prefill": _pool_tree(self.prefill) if self.prefill else {"replicas": 0, **_capacity(self.decode)},
             "decode": _pool_tree(self.decode),
+            "router": {"local_prefill": self.local_prefill},
         }
         config.parse(tree, source="the plan")
         for name, pool in (("prefill", self.prefill), ("decode", self.decode)):
@@ -125,6 +129,8 @@ class Plan:
         if self.prefill:
             yield f"prefill: {_degrees(self.prefill)}"
         yield f"decode{'' if self.prefill else ' (whole sequences)'}: {_degrees(self.decode)}"
+        if self.local_prefill:
+            yield "decode workers compute prompts themselves where the router finds that sooner"
         if self.affinity == "high":
             yield f"{self.cells} such clusters, each within one node"
         if not self.deployable:
@@ -157,6 +163,7 @@ def make(chosen: Scored, found: Found, trial: Trial, labels: Mapping[str, str], 
         cells=composition.cells,
         prefill=PoolPlan.of(composition.prefill, composition.prefills) if composition.prefill else None,
         decode=PoolPlan.of(composition.decode, composition.decodes),
+        local_prefill=composition.local_prefill,
         goodput=chosen.goodput,
         curve=points,
         alternatives=tuple(
@@ -223,6 +230,8 @@ def _pool_tree(pool: PoolPlan) -> dict[str, Any]:
         "step_tokens": pool.step_tokens,
         "max_running": pool.max_running,
         "max_waiting": pool.max_waiting,
+        "mixed_tokens": pool.mixed_tokens,
+        "gap_ms": round(1e3 * pool.gap_s, 3),
     }
 
 

@@ -32,7 +32,6 @@ from placement.grids import Floats, HeldOut
 from placement.handoff_cost import HandoffCost, choose
 
 FORM = 1
-TYPICAL_TOKENS = 1024  # of the prompt for which "auto" is resolved
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SWEEPS = 20000
 _SETTLED = 1e-9
@@ -96,6 +95,20 @@ class Profile:
     steps: tuple[Observation, ...]
     codecs: Mapping[str, CodecSpeed]
     wires: Mapping[str, Speed]  # transport -> between two processes of this machine, of wire bytes
+    beside: float = 1.0  # how many times as long a step takes while one other worker of this machine computes
+
+    def slowdown(self, workers: int, taken_cores: float = 0.0) -> tuple[float, ...]:
+        """How many times longer a step takes with 1 to ``workers`` of them computing on this machine than alone.
+
+        taken_cores: by what is no worker. It comes first (``engine.threads.give_way``); workers share what is left as
+        soon as their threads outnumber it. Beside that, two were measured to slow each other down, and more are taken
+        to do so as two do. Raises :class:`ConfigError` where nothing is left.
+        """
+        if taken_cores >= self.machine.cores:
+            raise ConfigError(f"{taken_cores:g} of {self.machine.cores} cores leave none", field="taken_cores")
+        left, pair = self.machine.cores - taken_cores, max(1.0, 2 * self.threads / self.machine.cores)
+        crowded = [max(1.0, count * self.threads / left) for count in range(1, workers + 1)]
+        return tuple(share * (max(1.0, self.beside / pair) if at else 1.0) for at, share in enumerate(crowded))
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -242,7 +255,7 @@ class ProfiledReplica:
             raise ConfigError(f"has {len(profile.steps)} steps, a fit needs {LEAST_STEPS}", field="profile.steps")
         self.profile = profile
         self.fit = StepFit.of(profile.steps)
-        self.handoff = handoff_of(profile, codec, transport)
+        self._handoffs = handoffs_of(profile, codec, transport)
         self.extrapolations: Counter[str] = Counter()
         self._kv_tokens = kv_tokens
         self._most_rows = max(_rows(o.step) for o in profile.steps)
@@ -275,13 +288,22 @@ class ProfiledReplica:
         return fit.base_s + fit.decode_s * batch + fit.context_s * context_sum + self._rows(batch)
 
     def transfer_s(self, tokens: int) -> float:
-        return self.handoff.serial_s(tokens)
+        return self._handoff(tokens).serial_s(tokens) if tokens > 0 else 0.0
 
     def exposed_transfer_s(self, tokens: int) -> float:
-        return self.handoff.exposed_s(tokens, self.step_s(StepShape(((0, tokens),), ()))) if tokens > 0 else 0.0
+        return self._handoff(tokens).exposed_s(tokens, self._prefill_s(tokens)) if tokens > 0 else 0.0
 
     def kv_tokens(self) -> int:
         return self._kv_tokens
+
+    def _prefill_s(self, tokens: int) -> float:
+        return self.step_s(StepShape(((0, tokens),), ()))
+
+    def _handoff(self, tokens: int) -> HandoffCost:
+        """With the codec that the sender's own chooser takes for a prompt of so many tokens."""
+        if len(self._handoffs) == 1:
+            return next(iter(self._handoffs.values()))
+        return self._handoffs[choose(self._handoffs, tokens, self._prefill_s(tokens))]
 
     def _rows(self, rows: int) -> float:
         if rows > self._most_rows:
@@ -289,14 +311,16 @@ class ProfiledReplica:
         return self._rows_s[rows] if rows < len(self._rows_s) else self.fit.rows_s(rows)
 
 
-def handoff_of(profile: Profile, codec: str, transport: str) -> HandoffCost:
-    """The profile's handoff over one transport with one codec, or for "auto" with the exact one that workers choose.
+def handoffs_of(profile: Profile, codec: str, transport: str) -> dict[str, HandoffCost]:
+    """By codec the profile's handoff over one transport: of "auto" all exact ones, among which the sender chooses.
 
-    Raises :class:`ConfigError` if either is missing.
+    Raises :class:`ConfigError` if a codec or the transport was not measured.
     """
-    if codec == AUTO:
-        exact = {name: handoff_of(profile, name, transport) for name in profile.codecs if name in EXACT_CODECS}
-        return exact[choose(exact, TYPICAL_TOKENS)] if exact else handoff_of(profile, "lossless", transport)
+    names = [name for name in profile.codecs if name in EXACT_CODECS] if codec == AUTO else [codec]
+    return {name: _handoff_of(profile, name, transport) for name in names or ["lossless"]}
+
+
+def _handoff_of(profile: Profile, codec: str, transport: str) -> HandoffCost:
     if codec not in profile.codecs:
         raise ConfigError(f"{codec!r} was not measured; {', '.join(profile.codecs) or 'none'} were", field="codec")
     if transport not in profile.wires:

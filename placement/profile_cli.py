@@ -75,6 +75,7 @@ def run(
     from engine.build import load_model
     from engine.text import Tokenizer
     from placement.measure import measure_steps
+    from placement.measure_beside import Worker, measure_beside
     from placement.measure_handoff import measure_codecs, measure_wire
 
     folder = hub.resolve(settings.model.id, settings.model.cache_dir, progress)
@@ -85,6 +86,11 @@ def run(
     wire: str = settings.handoff.transport
     progress(f"{wire} between two processes", 0.0)
     wires = {wire: measure_wire(wire, settings.handoff.ucx_tls)}
+    beside = 1.0
+    if clock == "wall" and not _accelerator(model):  # workers on GPUs have one each
+        progress("steps beside another worker", 0.0)
+        worker = Worker(folder, settings.model.dtype, threads, settings.decode, max_context)
+        beside = measure_beside(model, worker)
     steps = measure_steps(model, settings.decode, max_context, progress, rounds=rounds, clock=clock)
     layout = model.layout
     return Profile(
@@ -103,14 +109,21 @@ def run(
         steps=steps.observations,
         codecs=codecs,
         wires=wires,
+        beside=beside,
     )
 
 
 def _machine(model: Model) -> Machine:
     import torch
 
-    accelerator = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else ""
-    return Machine(_processor(), accelerator, os.cpu_count() or 1, platform.platform(), torch.__version__)
+    return Machine(_processor(), _accelerator(model), os.cpu_count() or 1, platform.platform(), torch.__version__)
+
+
+def _accelerator(model: Model) -> str:
+    """Its name; "" on CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else ""
 
 
 def _processor() -> str:
@@ -151,6 +164,7 @@ def _summary(measured: Profile, output: Path) -> None:
     if not measured.machine.accelerator and measured.cpu_share < BUSY:
         console.print(f"the steps had {measured.cpu_share:.0%} of their cores: others used this machine meanwhile")
     fit = StepFit.of(measured.steps)
+    print(f"beside     another worker that computes, a step takes {measured.beside:.2f} times as long")
     print(f"steps      {len(measured.steps)} shapes; held out: {held_out(measured.steps)}")
     print(f"decode     {1e3 * (fit.base_s + fit.decode_s + fit.rows_s(1)):.1f} ms for one, "
           f"{1e3 * (fit.base_s + 32 * fit.decode_s + fit.rows_s(32)):.1f} ms for 32, "

@@ -19,8 +19,10 @@ from engine.fast_forward import DecodeRun, FastForward
 from engine.pages import PagePool
 from engine.prefix import Key
 from engine.sequence import Job, Slice
-from placement.cost import CostModel, StepShape, SummedCostModel
+from placement.cost import CostModel, StepShape, step_times
 from placement.events import Rank, Timeline
+from placement.host import Host
+from placement.meters import Meters
 from placement.outcome import WorkerUse
 
 LOOKAHEAD_STEPS = (8, 256)  # least and most decode steps whose times are computed ahead
@@ -34,6 +36,8 @@ class EngineLimits:
     step_tokens: int = 2048
     max_running: int = 256
     max_waiting: int = 4096
+    mixed_tokens: int = 0  # most prompt tokens of a step that also decodes; 0 leaves it to engine.pace
+    gap_s: float = 0.1  # between two tokens of a stream, up to which prompts may stretch it
 
 
 class Listener(Protocol):
@@ -43,10 +47,6 @@ class Listener(Protocol):
     def first_token(self, replica: Replica, request_id: str, now_s: float) -> None: ...
     def finished(self, replica: Replica, request_id: str, now_s: float) -> None: ...
     def freed(self, replica: Replica) -> None: ...
-
-
-StepTimes = Callable[[tuple[int, ...], float, int], list[float]]
-"""(contexts of a batch, start, n) -> when each of the next n decode steps of that batch ends."""
 
 
 @dataclass(slots=True)
@@ -67,6 +67,7 @@ class Replica:
         kv_tokens: int,
         timeline: Timeline,
         listener: Listener,
+        host: Host,
         fast: bool = True,
     ) -> None:
         self.name, self.cost, self.limits = name, cost, limits
@@ -77,6 +78,7 @@ class Replica:
             max_running=limits.max_running,
             max_waiting=limits.max_waiting,
         )
+        self.meters = Meters(step_tokens=limits.step_tokens, mixed_tokens=limits.mixed_tokens, gap_s=limits.gap_s)
         self.blocks = BlockJournal()  # of the prefix cache, whose pages are the blocks here
         self.scheduler.holdings.cache.on_change = self._note
         self.alive, self.draining = True, False
@@ -84,12 +86,14 @@ class Replica:
         self.link_free_s = 0.0
         self.busy_s, self.steps = 0.0, 0
         self._timeline, self._listener, self._fast = timeline, listener, fast
-        self._decode_ends_s = _step_times(cost)
+        self._host, self._computing = host, False
+        self._decode_ends_s = step_times(cost)
         self._full_at: dict[str, int] = {}  # request -> prompt and output tokens at its end
         self._version = 0
         self._step: tuple[Slice, ...] | None = None
         self._run: _Run | None = None
         self._ending = False
+        self._started_s = self._ends_s = 0.0  # of the step under way
         self._ahead = LOOKAHEAD_STEPS[0]
 
     # ---- what the cluster asks
@@ -142,21 +146,18 @@ class Replica:
             return
         done = bisect_left(run.ends_s, self._timeline.now_s)
         if 0 < done < len(run.ends_s):
-            self._account(run.started_s, run.ends_s[done - 1], done)
+            self._account_run(run, done)
             self.scheduler.skip(done, run.ends_s[0], goes_on=True)
             run.started_s = run.ends_s[done - 1]
             del run.ends_s[:done]
 
-    def load(self, *, waiting_tokens: bool, line: int = 0) -> Load:
-        """What the worker would push to routers now, with ``line`` requests before its pages.
-
-        Counting waiting tokens takes time, and only the choice of a prefill worker reads them.
-        """
+    def load(self, *, line: int = 0) -> Load:
+        """What the worker would push to routers now, with ``line`` requests before its pages."""
         self.settle()
-        scheduler = self.scheduler
+        scheduler, meters = self.scheduler, self.meters
         return Load(
             waiting=scheduler.waiting + line,
-            waiting_tokens=scheduler.waiting_tokens if waiting_tokens else 0,
+            waiting_tokens=scheduler.waiting_tokens,
             running=scheduler.running,
             pages_used=self.pool.used,
             pages_total=self.pool.total,
@@ -164,6 +165,9 @@ class Replica:
             buffer_bytes_used=0,
             buffer_bytes_total=0,
             buffer_bytes_quarantined=0,
+            prompt_token_s=meters.prompts.token_s,
+            step_s=meters.steps.step_s,
+            sequence_s=meters.steps.sequence_s,
         )
 
     def kill(self) -> None:
@@ -171,6 +175,7 @@ class Replica:
         self.alive = False
         self._version += 1
         self._step = self._run = None
+        self._rest()
 
     def outputs(self, request_id: str) -> int:
         """Output tokens of ``request_id`` so far."""
@@ -192,17 +197,52 @@ class Replica:
     def _note(self, key: Key, held: bool) -> None:
         self.blocks.change((cast(int, key),), held=held)
 
+    @property
+    def next_call_s(self) -> float:
+        """When the engine's thread next takes what is asked of it: between two steps."""
+        now_s, run = self._timeline.now_s, self._run
+        if run is not None:
+            return run.ends_s[bisect_left(run.ends_s, now_s)]
+        return self._ends_s if self._step is not None else now_s
+
+    def retime(self, ratio: float) -> None:
+        """From now on the step under way takes ``ratio`` times the time it would have."""
+        self.settle()
+        now_s, run = self._timeline.now_s, self._run
+        if run is not None:
+            del run.ends_s[1:]
+            run.ends_s[0] = self._ends_s = now_s + ratio * (run.ends_s[0] - now_s)
+            self._expect(self._ends_s, self._end_run, run.started_s)
+        elif self._step is not None:
+            self._ends_s = now_s + ratio * (self._ends_s - now_s)
+            self._expect(self._ends_s, self._end_step, self._started_s)
+
     # ---- steps
 
     def _begin(self, now_s: float) -> None:
         if self._fast and (run := self.scheduler.decode_run(now_s)) is not None:
+            self._compute()
             self._begin_run(run, now_s)
             return
+        self.scheduler.mixed_tokens = self.meters.mixed_tokens
         step = self.scheduler.schedule(now_s)
         if not step:
+            self._rest()
             return
-        self._step = step
-        self._expect(self._end_s(step, now_s), self._end_step, now_s)
+        self._compute()
+        self._step, self._started_s = step, now_s
+        self._ends_s = self._end_s(step, now_s)
+        self._expect(self._ends_s, self._end_step, now_s)
+
+    def _compute(self) -> None:
+        if not self._computing:
+            self._computing = True
+            self._host.began(self)
+
+    def _rest(self) -> None:
+        if self._computing:
+            self._computing = False
+            self._host.ended(self)
 
     def _expect(self, time_s: float, end: Callable[[float], None], started_s: float) -> None:
         self._version += 1
@@ -218,13 +258,16 @@ class Replica:
         chunks = tuple((part.start, part.count) for part in step if not part.decode)
         contexts = tuple(part.start + part.count for part in step if part.decode)
         if not chunks:
-            return self._decode_ends_s(contexts, now_s, 1)[0]
-        return now_s + self.cost.step_s(StepShape(chunks, contexts))
+            return self._decode_ends_s(contexts, now_s, 1, self._host.factor)[0]
+        return now_s + self._host.factor * self.cost.step_s(StepShape(chunks, contexts))
 
     def _end_step(self, started_s: float) -> None:
         now_s = self._timeline.now_s
         step, self._step = self._step or (), None
         self._account(started_s, now_s, 1)
+        decodes = sum(part.decode for part in step)
+        prompts = sum(part.count for part in step if not part.decode)
+        self.meters.stepped(decodes, prompts, now_s - started_s)
         self.scheduler.advance(step, now_s)
         self._ending = True
         for part in step:
@@ -255,7 +298,7 @@ class Replica:
     # ---- runs of decode steps
 
     def _begin_run(self, run: DecodeRun, now_s: float) -> None:
-        ends_s = self._decode_ends_s(run.contexts, now_s, min(run.steps, self._ahead))
+        ends_s = self._decode_ends_s(run.contexts, now_s, min(run.steps, self._ahead), self._host.factor)
         self._ahead = min(2 * self._ahead, LOOKAHEAD_STEPS[1])
         self._run = _Run(now_s, ends_s)
         self._expect(ends_s[-1], self._end_run, now_s)
@@ -271,37 +314,17 @@ class Replica:
     def _end_run(self, _: float) -> None:
         now_s = self._timeline.now_s
         run, self._run = cast(_Run, self._run), None
-        self._account(run.started_s, now_s, len(run.ends_s))
+        self._account_run(run, len(run.ends_s))
         self._ending = True
         for request_id in self.scheduler.skip(len(run.ends_s), run.ends_s[0], goes_on=False):
             self._finish(request_id, now_s)
         self._next(now_s)
 
+    def _account_run(self, run: _Run, steps: int) -> None:
+        """The first ``steps`` of ``run`` have ended."""
+        self._account(run.started_s, run.ends_s[steps - 1], steps)
+        self.meters.decoded(self.scheduler.running, run.started_s, run.ends_s[:steps])
+
     def _account(self, started_s: float, ended_s: float, steps: int) -> None:
         self.busy_s += ended_s - started_s
         self.steps += steps
-
-
-def _step_times(cost: CostModel) -> StepTimes:
-    """Asks the cost model for every step; through the sum of the contexts where the model allows it."""
-    if hasattr(cost, "decode_step_s"):
-        decode_step_s = cast(SummedCostModel, cost).decode_step_s
-
-        def by_sum(contexts: tuple[int, ...], now_s: float, steps: int) -> list[float]:
-            batch, context_sum, ends_s = len(contexts), sum(contexts), []
-            for _ in range(steps):
-                now_s += decode_step_s(batch, context_sum)
-                context_sum += batch
-                ends_s.append(now_s)
-            return ends_s
-
-        return by_sum
-
-    def by_contexts(contexts: tuple[int, ...], now_s: float, steps: int) -> list[float]:
-        ends_s = []
-        for step in range(steps):
-            now_s += cost.step_s(StepShape((), tuple(context + step for context in contexts)))
-            ends_s.append(now_s)
-        return ends_s
-
-    return by_contexts

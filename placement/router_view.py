@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from baton.config_routing import BLIND, Strategy
 from baton.messages import Load
+from engine.speed import PromptSpeed
 from placement.events import Timeline
 from placement.replica import Replica
-from router import strategies
+from router import policy, strategies
 from router.policy import Prompt, WorkerView
 from router.prefix_index import PrefixIndex
 
 Role: TypeAlias = Literal["prefill", "decode"]
+Lines: TypeAlias = Mapping[str, Sized]
+"""Who waits for pages, by worker."""
 
 LOAD_AGE_S = 0.05  # baton.plane.LOAD_CHANGED_S: how old the load that a router sees may be
 
@@ -29,13 +32,15 @@ class _Seen:
     requests: int = 0
     tokens: int = 0
     prompts: int = 0  # of these, tokens to be computed
+    handoffs: PromptSpeed = field(default_factory=PromptSpeed)  # what streams waited for handoffs to it
 
     def view(self, name: str) -> WorkerView:
-        return WorkerView(name, self.load, self.requests, self.tokens, self.prompts)
+        return WorkerView(name, self.load, self.requests, self.tokens, self.prompts, self.handoffs.token_s)
 
 
 class RouterView:
-    """Chooses among the workers of each role. Their pages are the blocks of the index, one index a role."""
+    """Chooses among the workers of each role, as ``router.choice`` does. Their pages are the blocks of the index, one
+    index a role."""
 
     def __init__(self, timeline: Timeline, strategy: Strategy, factor: float) -> None:
         self._timeline, self._strategy, self._factor = timeline, strategy, factor
@@ -43,34 +48,76 @@ class RouterView:
         self._indexes: dict[Role, PrefixIndex] = {}
         self._turns: Counter[Role] = Counter()
 
-    def choose(
-        self, role: Role, workers: Sequence[Replica], tokens: int, keys: tuple[int, ...], lines: Counter[str]
-    ) -> Replica | None:
-        """Who takes a prompt of ``tokens`` whose pages ``keys`` name; ``lines``: requests in front of each worker."""
+    def decode(self, workers: Sequence[Replica], tokens: int, keys: tuple[int, ...], lines: Lines) -> Replica | None:
+        """Who decodes a prompt of ``tokens`` whose pages ``keys`` name."""
         if not workers:
             return None
-        views = [self._view(worker, role, lines[worker.name]) for worker in workers]
+        self._turns["decode"] += 1
+        prompt = self._prompt("decode", workers, tokens, keys)
+        page_tokens = workers[0].limits.page_tokens
+        views = self.views("decode", workers, lines)
+        return _named(
+            workers,
+            strategies.choose_decode(self._strategy, views, prompt, factor=self._factor, page_tokens=page_tokens),
+        )
+
+    def prefill(self, workers: Sequence[Replica], tokens: int, keys: tuple[int, ...]) -> Replica | None:
+        """Who computes it."""
+        self._turns["prefill"] += 1
+        return self._best_prefill(workers, self._prompt("prefill", workers, tokens, keys)) if workers else None
+
+    def prefers_local(
+        self, decode: Replica, prefills: Sequence[Replica], tokens: int, keys: dict[Role, tuple[int, ...]], lines: Lines
+    ) -> bool:
+        """Whether ``decode`` computes the prompt itself; ``keys``: by role, whose pages may differ in size."""
+        there = self._prompt("prefill", prefills, tokens, keys["prefill"]) if prefills else Prompt(tokens)
+        here = self._prompt("decode", [decode], tokens, keys["decode"])
+        best = self._best_prefill(prefills, there)
+        prompt = Prompt(tokens, {**there.held, **here.held})
+        remote = self._view(best, "prefill", lines) if best is not None else None
+        return policy.prefers_local(self._view(decode, "decode", lines), remote, prompt)
+
+    def sent(self, role: Role, worker: Replica, tokens: int, keys: tuple[int, ...], *, computes: bool) -> None:
+        """``worker`` was given the prompt, to compute or only to decode."""
+        seen = self._seen[worker.name]
+        seen.requests += 1
+        seen.tokens += tokens
+        if computes:
+            seen.prompts += self._prompt(role, [worker], tokens, keys).uncached(worker.name)
+            if keys:
+                self._index(role, worker).expect(worker.name, keys, self._timeline.now_s)
+
+    def uncached(self, role: Role, workers: Sequence[Replica], tokens: int, keys: tuple[int, ...]) -> int:
+        """Tokens that the worker that knows most of the prompt would have to compute."""
+        if not keys or not workers:
+            return tokens
         prompt = self._prompt(role, workers, tokens, keys)
-        if role == "prefill":
-            name = strategies.choose_prefill(self._strategy, views, prompt, factor=self._factor)
-        else:
-            page_tokens = workers[0].limits.page_tokens
-            name = strategies.choose_decode(self._strategy, views, prompt, factor=self._factor, page_tokens=page_tokens)
-        chosen = next(worker for worker in workers if worker.name == name)
-        self._sent(role, chosen, prompt, keys)
-        return chosen
+        return min(prompt.uncached(worker.name) for worker in workers)
+
+    def handed_over(self, decode: Replica, tokens: int, exposed_s: float) -> None:
+        """A stream waited so long for its handoff to ``decode``."""
+        self._seen[decode.name].handoffs.observe(tokens, exposed_s)
+
+    def views(self, role: Role, workers: Sequence[Replica], lines: Lines) -> list[WorkerView]:
+        return [self._view(worker, role, lines) for worker in workers]
 
     def forget(self, worker: Replica) -> None:
         """It is dead, and nobody holds what it held."""
         for index in self._indexes.values():
             index.forget(worker.name)
 
-    def _view(self, worker: Replica, role: Role, line: int) -> WorkerView:
+    def _best_prefill(self, workers: Sequence[Replica], prompt: Prompt) -> Replica | None:
+        views = self.views("prefill", workers, {})
+        turn = Prompt(prompt.tokens, prompt.held, prompt.first, turn=self._turns["prefill"])
+        return _named(workers, strategies.choose_prefill(self._strategy, views, turn, factor=self._factor))
+
+    def _view(self, worker: Replica, role: Role, lines: Lines) -> WorkerView:
         seen, now_s = self._seen.get(worker.name), self._timeline.now_s
         if seen is None or now_s - seen.at_s >= LOAD_AGE_S:
-            load = worker.load(waiting_tokens=role == "prefill", line=line)
+            load = worker.load(line=len(lines.get(worker.name, ())))
             self._hear(worker, role, first=seen is None)
-            seen = self._seen[worker.name] = _Seen(now_s, load)
+            handoffs = seen.handoffs if seen else PromptSpeed()
+            seen = self._seen[worker.name] = _Seen(now_s, load, handoffs=handoffs)
         return seen.view(worker.name)
 
     def _hear(self, worker: Replica, role: Role, *, first: bool) -> None:
@@ -80,17 +127,12 @@ class RouterView:
             self._index(role, worker).apply(worker.name, events)
 
     def _prompt(self, role: Role, workers: Sequence[Replica], tokens: int, keys: tuple[int, ...]) -> Prompt:
-        self._turns[role] += 1
         held = self._index(role, workers[0]).match(keys, self._timeline.now_s) if keys else {}
         return Prompt(tokens, held, keys[0] if keys else 0, turn=self._turns[role])
 
-    def _sent(self, role: Role, worker: Replica, prompt: Prompt, keys: tuple[int, ...]) -> None:
-        seen = self._seen[worker.name]
-        seen.requests += 1
-        seen.tokens += prompt.tokens
-        seen.prompts += prompt.uncached(worker.name)
-        if keys:
-            self._index(role, worker).expect(worker.name, keys, self._timeline.now_s)
-
     def _index(self, role: Role, worker: Replica) -> PrefixIndex:
         return self._indexes.setdefault(role, PrefixIndex(block_tokens=worker.limits.page_tokens))
+
+
+def _named(workers: Sequence[Replica], name: str | None) -> Replica | None:
+    return next((worker for worker in workers if worker.name == name), None)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -115,6 +115,17 @@ def enough(space: Space, gpus: int, workload: Workload, slo: Slo) -> int:
     one = Trial(workload, slo, 1000)
     rates = [one.guess(way.pool(1)) / way.gpus for way in space.whole]
     return min(MOST_REQUESTS, max(LEAST_REQUESTS, math.ceil(SETTLED_S * gpus * max(rates))))
+
+
+def with_help(chosen: Scored, trial: Trial) -> Scored:
+    """``chosen`` with decode workers that compute prompts too, where the goodput is higher so."""
+    composition = chosen.composition
+    if composition.prefill is None:
+        return chosen
+    helped = replace(composition, local_prefill=True)
+    above = step_below(chosen.goodput / composition.cells)
+    found = improve(helped.cluster, trial, above=above)
+    return replace(chosen, composition=helped, goodput=rate_at(found) * composition.cells) if found > above else chosen
 
 
 def resplit(found: Found, gpus: int) -> Composition | None:

@@ -1,75 +1,37 @@
 """The cluster under simulated time: router, prefill and decode workers, and the links between them.
 
-    arrive ─► choose decode ─► line for pages ─► reserve ─► choose prefill ─► prefill ─► first token
+    arrive ─► line ─► choose decode ─► line for pages ─► reserve ─► choose prefill ─► prefill ─► first token
            ─► handoff over both links ─► landed ─► decode in the batch ─► last token
 
-What runs is the real code: :class:`engine.scheduler.Scheduler` in every worker and :mod:`router.strategies` on views of
-pushed loads and cache events as old as the real ones. What is modelled: the accelerator and the handoff (a cost model),
-the line in front of a decode worker's pages (``decode_worker.admission``, which waits on an event loop), and the links:
-a handoff holds its sender's and its receiver's link for its whole transfer time, first come first served, and may begin
-before prefill ends by as much as the cost model says is hidden. Prefix caches are the real ones too where the workload
-knows which prompts begin alike; they hold prompts only, since no trace says what was answered. Not modelled:
-landing-buffer limits. There is no randomness here: the workload brings it.
+What runs is the real code: :class:`engine.scheduler.Scheduler` and :class:`engine.pace.Pace` in every worker,
+:mod:`router.admission` in front, :mod:`router.strategies` and :mod:`router.policy` on views of pushed loads and cache
+events as old as the real ones. What is modelled: the accelerator and the handoff (a cost model), the line in front of a
+decode worker's pages (``decode_worker.admission``, which waits on an event loop), and the links: a handoff holds its
+sender's and its receiver's link for its whole transfer time, first come first served, and may begin before prefill ends
+by as much as the cost model says is hidden. Prefix caches are the real ones too where the workload knows which prompts
+begin alike; they hold prompts only, since no trace says what was answered. Not modelled: landing-buffer limits. There
+is no randomness here: the workload brings it.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, assert_never
+from typing import assert_never
 
-from baton.config_routing import Strategy
 from baton.errors import InvalidRequest, Overloaded
 from engine.sequence import Job
-from placement.cost import CostModel
+from placement.cluster import Change, Cluster, Pool
+from placement.entry import Entry
 from placement.events import Rank, Timeline
+from placement.host import Host
 from placement.outcome import End, Outcome, Slo, Trip
-from placement.replica import EngineLimits, Replica
+from placement.replica import Replica
 from placement.router_view import Role, RouterView
 from placement.workload import Arrival, page_keys
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Replicas of one kind. A pipeline of ``stages`` keeps as many batches in flight, each with its share of the KV."""
-
-    cost: CostModel
-    replicas: int
-    limits: EngineLimits = field(default_factory=EngineLimits)
-    stages: int = 1
-
-    @property
-    def gpus(self) -> int:
-        return self.replicas * self.cost.gpus
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """Both pools; without ``prefill`` the decode workers compute whole sequences. ``attempts``: tries per request."""
-
-    decode: Pool
-    prefill: Pool | None = None
-    max_inflight: int = 1 << 20
-    attempts: int = 3
-    strategy: Strategy = "prefix_affinity"
-    affinity_factor: float = 1.5
-    paired: bool = False  # request n goes to the n-th pair of workers in turn (DistServe's 1:1 pairing)
-
-    @property
-    def gpus(self) -> int:
-        return self.decode.gpus + (self.prefill.gpus if self.prefill else 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """At ``at_s``: a worker dies or returns, or a pool grows by one or drains its newest worker."""
-
-    at_s: float
-    role: Role
-    kind: Literal["kill", "return", "grow", "shrink"]
-    index: int = 0  # which worker, for kill and return
+from router.policy import WorkerView
 
 
 def simulate(
@@ -99,8 +61,13 @@ class _Flight:
     before: int
     decode: Replica
     dispatched_s: float
+    local: bool = False  # the decode worker computes the prompt itself
     prefill: Replica | None = None
     landed: bool = False
+
+    @property
+    def index(self) -> int:
+        return int(self.request_id.partition("/")[0])
 
     @property
     def prompt_tokens(self) -> int:
@@ -116,6 +83,7 @@ class _Simulation:
         self._cluster, self._arrivals, self._fast = cluster, arrivals, fast
         self._block_tokens = block_tokens
         self._timeline = Timeline()
+        self._host = Host(cluster.slowdown)
         self._made: list[Replica] = []
         self._pools: dict[Role, list[Replica]] = {"decode": self._workers("decode", cluster.decode)}
         if cluster.prefill is not None:
@@ -124,6 +92,8 @@ class _Simulation:
         self._router = RouterView(self._timeline, cluster.strategy, cluster.affinity_factor)
         self._trips = [Trip(a.at_s, a.prompt_tokens, a.output_tokens) for a in arrivals]
         self._flights: dict[str, _Flight] = {}
+        self._entry = Entry(cluster.admission, self._timeline, self) if cluster.admission else None
+        self._inflight = 0
         self._give_up: Slo | None = None
         self._missed = 0
 
@@ -147,27 +117,56 @@ class _Simulation:
     def _arrive(self, index: int) -> None:
         self._expect_arrival(index + 1)
         trip = self._trips[index]
-        if len(self._flights) >= self._cluster.max_inflight:
-            self._end(trip, End.REFUSED)
-            return
-        self._dispatch(trip, index)
+        self._inflight += 1
+        if self._inflight > self._cluster.max_inflight:
+            self._end(index, End.REFUSED)
+        elif self._entry is None:
+            self._dispatch(index)
+        else:
+            role: Role = "prefill" if self._cluster.prefill else "decode"
+            uncached = self._router.uncached(role, self._able(role), trip.prompt_tokens, self._keys(index, role))
+            self._entry.offer(index, uncached_tokens=uncached)
 
-    def _dispatch(self, trip: Trip, index: int) -> None:
+    def seen(self) -> tuple[list[WorkerView], list[WorkerView]]:
+        prefills = self._router.views("prefill", self._able("prefill"), self._lines) if self._cluster.prefill else []
+        return prefills, self._router.views("decode", self._able("decode"), self._lines)
+
+    def admitted(self, number: int) -> None:
+        self._dispatch(number)
+
+    def refused(self, number: int) -> None:
+        self._end(number, End.REFUSED)
+
+    def _dispatch(self, index: int) -> None:
         """One attempt: a decode worker first, then its pages, then a prefill worker; or the decode worker alone."""
-        decode = self._choose("decode", trip.prompt_tokens + trip.sent, index)
+        trip = self._trips[index]
+        tokens, keys = trip.prompt_tokens + trip.sent, self._keys(index, "decode")
+        decode = self._choose_decode(tokens, keys, index)
         trip.attempts += 1
         if decode is None or trip.attempts > self._cluster.attempts:
-            self._end(trip, End.LOST)
+            self._end(index, End.LOST)
             return
         flight = _Flight(f"{index}/{trip.attempts}", trip, trip.sent, decode, self._timeline.now_s)
+        flight.local = self._is_local(decode, tokens, index)
         self._flights[flight.request_id] = flight
+        if not self._cluster.paired:
+            self._router.sent("decode", decode, tokens, keys, computes=flight.local)
         try:
-            if self._cluster.prefill is None:
-                decode.add(flight.job(keys=self._keys(index, decode.limits.page_tokens)))
+            if flight.local:
+                decode.add(flight.job(keys=keys))
             else:
                 self._queue_for_pages(flight)
         except (Overloaded, InvalidRequest):
             self._drop(flight, End.REFUSED)
+
+    def _is_local(self, decode: Replica, tokens: int, index: int) -> bool:
+        if self._cluster.prefill is None or not self._cluster.local_prefill:
+            return self._cluster.prefill is None
+        keys: dict[Role, tuple[int, ...]] = {
+            "prefill": self._keys(index, "prefill"),
+            "decode": self._keys(index, "decode"),
+        }
+        return self._router.prefers_local(decode, self._able("prefill"), tokens, keys, self._lines)
 
     def _queue_for_pages(self, flight: _Flight) -> None:
         line = self._lines.setdefault(flight.decode.name, deque())
@@ -175,7 +174,7 @@ class _Simulation:
             raise Overloaded("the line for pages is full")
         line.append(flight)
         if len(line) == 1:
-            self.freed(flight.decode)
+            self._timeline.at(flight.decode.next_call_s, Rank.NEWS, partial(self.freed, flight.decode))
 
     def freed(self, replica: Replica) -> None:
         """Whoever is first in the line for this worker's pages tries again."""
@@ -183,7 +182,7 @@ class _Simulation:
         while line:
             flight = line[0]
             try:
-                replica.reserve(flight.job())
+                replica.reserve(flight.job(keys=self._keys(flight.index, "decode")))
             except Overloaded:
                 return
             except InvalidRequest:
@@ -194,11 +193,13 @@ class _Simulation:
             self._prefill(flight)
 
     def _prefill(self, flight: _Flight) -> None:
-        prefill = self._choose("prefill", flight.prompt_tokens, _index(flight))
+        keys = self._keys(flight.index, "prefill")
+        prefill = self._choose_prefill(flight.prompt_tokens, keys, flight.index)
         try:
             if prefill is None:
                 raise Overloaded("no prefill worker")
-            keys = self._keys(_index(flight), prefill.limits.page_tokens)
+            if not self._cluster.paired:
+                self._router.sent("prefill", prefill, flight.prompt_tokens, keys, computes=True)
             prefill.add(flight.job(prefill_only=True, keys=keys))
         except (Overloaded, InvalidRequest):
             self._drop(flight, End.REFUSED)
@@ -206,11 +207,12 @@ class _Simulation:
             return
         flight.prefill = prefill
 
-    def _keys(self, index: int, page_tokens: int) -> tuple[int, ...]:
-        """Names of the pages of a request's prompt. Tokens that an earlier attempt sent have none, as in the trace."""
+    def _keys(self, index: int, role: Role) -> tuple[int, ...]:
+        """Names of a role's pages of a request's prompt. Tokens that an earlier attempt sent have none, as in the
+        trace."""
         if not self._block_tokens:
             return ()
-        return page_keys(self._arrivals[index], self._block_tokens, page_tokens)
+        return page_keys(self._arrivals[index], self._block_tokens, self._spec(role).limits.page_tokens)
 
     def prefilled(self, replica: Replica, request_id: str, now_s: float) -> None:
         """The first token is out; the KV goes to the decode worker as soon as both links are free."""
@@ -221,7 +223,7 @@ class _Simulation:
             return
         trip = flight.trip
         trip.queue_s += (started_s or now_s) - flight.dispatched_s
-        self._first(trip, now_s)
+        self._first(flight, now_s)
         if trip.sent >= trip.output_tokens:
             self._unreserve(flight)
             self._finish(flight, now_s)
@@ -233,6 +235,8 @@ class _Simulation:
         replica.link_free_s = flight.decode.link_free_s = landed_s
         replica.handoffs += 1
         trip.handoff_s += landed_s - now_s
+        if not self._cluster.paired:
+            self._router.handed_over(flight.decode, tokens, landed_s - now_s)
         self._timeline.at(landed_s, Rank.NEWS, partial(self._landed, flight))
 
     def _landed(self, flight: _Flight) -> None:
@@ -248,14 +252,17 @@ class _Simulation:
         if flight.trip.sent == flight.before:
             started_s = replica.scheduler.timing(request_id).scheduled_s
             flight.trip.queue_s += (started_s or now_s) - flight.dispatched_s
-            self._first(flight.trip, now_s)
+            self._first(flight, now_s)
 
     def finished(self, replica: Replica, request_id: str, now_s: float) -> None:
         self._finish(self._flights[request_id], now_s)
 
-    def _first(self, trip: Trip, now_s: float) -> None:
+    def _first(self, flight: _Flight, now_s: float) -> None:
+        trip = flight.trip
         if trip.sent == 0:
             trip.first_token_s = now_s
+            if self._entry is not None:
+                self._entry.first_token(flight.index)
             if self._give_up and trip.ttft_s > self._give_up.ttft_s:
                 self._missed += 1
         trip.sent += 1
@@ -266,16 +273,24 @@ class _Simulation:
         if slo and trip.ttft_s <= slo.ttft_s and trip.tpot_s > slo.tpot_s:
             self._missed += 1
         del self._flights[flight.request_id]
+        self._leave(flight.index)
 
     def _drop(self, flight: _Flight, end: End) -> None:
         del self._flights[flight.request_id]
-        self._end(flight.trip, end)
+        self._end(flight.index, end)
 
-    def _end(self, trip: Trip, end: End) -> None:
+    def _end(self, index: int, end: End) -> None:
+        """Without having been served."""
+        trip, slo = self._trips[index], self._give_up
         trip.end = end
-        slo = self._give_up
         if not (slo and trip.sent and trip.ttft_s > slo.ttft_s):  # else it was counted at its first token
             self._missed += 1
+        self._leave(index)
+
+    def _leave(self, index: int) -> None:
+        self._inflight -= 1
+        if self._entry is not None:
+            self._entry.left(index, self._trips[index])
 
     def _unreserve(self, flight: _Flight) -> None:
         flight.decode.handoffs -= 1
@@ -283,14 +298,20 @@ class _Simulation:
 
     # ---- the router's view
 
-    def _choose(self, role: Role, tokens: int, index: int) -> Replica | None:
-        workers = [worker for worker in self._pools[role] if worker.alive and not worker.draining]
+    def _choose_decode(self, tokens: int, keys: tuple[int, ...], index: int) -> Replica | None:
+        workers = self._able("decode")
         if self._cluster.paired:
             return workers[index % len(workers)] if workers else None
-        spec = self._spec(role)
-        keys = self._keys(index, spec.limits.page_tokens)
-        lines = Counter({name: len(line) for name, line in self._lines.items()})
-        return self._router.choose(role, workers, tokens, keys, lines)
+        return self._router.decode(workers, tokens, keys, self._lines)
+
+    def _choose_prefill(self, tokens: int, keys: tuple[int, ...], index: int) -> Replica | None:
+        workers = self._able("prefill")
+        if self._cluster.paired:
+            return workers[index % len(workers)] if workers else None
+        return self._router.prefill(workers, tokens, keys)
+
+    def _able(self, role: Role) -> list[Replica]:
+        return [worker for worker in self._pools[role] if worker.alive and not worker.draining]
 
     # ---- failures and scaling
 
@@ -314,7 +335,7 @@ class _Simulation:
         hit = [f for f in self._flights.values() if (f.decode if role == "decode" else f.prefill) is worker]
         lost = [flight for flight in hit if role == "decode" or not flight.landed]
         for flight in lost:
-            if role == "decode" and (flight.landed or self._cluster.prefill is None):
+            if role == "decode" and (flight.landed or flight.local):
                 flight.trip.sent = flight.before + worker.outputs(flight.request_id)
         worker.kill()
         self._router.forget(worker)
@@ -323,7 +344,7 @@ class _Simulation:
             del self._flights[flight.request_id]
             if role == "prefill":
                 self._unreserve(flight)
-            self._dispatch(flight.trip, _index(flight))
+            self._dispatch(flight.index)
 
     def _spec(self, role: Role) -> Pool:
         spec = self._cluster.prefill if role == "prefill" else self._cluster.decode
@@ -344,11 +365,8 @@ class _Simulation:
             kv_tokens=kv_tokens,
             timeline=self._timeline,
             listener=self,
+            host=self._host,
             fast=self._fast,
         )
         self._made.append(worker)
         return worker
-
-
-def _index(flight: _Flight) -> int:
-    return int(flight.request_id.partition("/")[0])

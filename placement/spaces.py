@@ -22,10 +22,17 @@ WHOLE_STEPS = (512, 2048)
 
 
 def gpu_space(
-    shape: ModelShape, hardware: Hardware, tables: Tables | None, *, longest: int, pipeline: bool = False
+    shape: ModelShape,
+    hardware: Hardware,
+    tables: Tables | None,
+    *,
+    longest: int,
+    gap_s: float,
+    pipeline: bool = False,
 ) -> Space:
     """Every degree that splits the model and leaves room for one request of ``longest`` tokens.
 
+    gap_s: the TPOT asked for, up to which decode workers may let prompts stretch the gaps of streams.
     Without ``pipeline`` only what this system's workers can be: no stages, and every rank its own KV heads.
     """
     far: dict[tuple[int, int], CostModel] = {}
@@ -41,18 +48,18 @@ def gpu_space(
             close = HandoffCost(shape.kv_token_bytes, shape.layers, wire, latency_s=hardware.link_latency_s)
             far[tp, pp], near[tp, pp] = cost, cost.with_handoff(close)
     prefill = tuple(EngineLimits(step_tokens=tokens) for tokens in PREFILL_STEPS)
-    decode = tuple(EngineLimits(max_running=batch) for batch in DECODE_BATCHES)
-    whole = tuple(EngineLimits(step_tokens=tokens) for tokens in WHOLE_STEPS)
+    decode = tuple(EngineLimits(max_running=batch, gap_s=gap_s) for batch in DECODE_BATCHES)
+    whole = tuple(EngineLimits(step_tokens=tokens, mixed_tokens=tokens) for tokens in WHOLE_STEPS)
     return Space(
         _ways(far, prefill), _ways(far, decode), _ways(far, whole), _ways(near, prefill), hardware.gpus_per_node
     )
 
 
-def profiled_space(cost: CostModel, *, page_tokens: int = 16) -> Space:
+def profiled_space(cost: CostModel, *, gap_s: float, page_tokens: int = 16) -> Space:
     """One way to run a replica, with the cost that was measured here, under several batch settings."""
     degrees = {(1, 1): cost}
-    prefill = tuple(EngineLimits(page_tokens, tokens, 64, 256) for tokens in (256, 512, 1024))
-    decode = tuple(EngineLimits(page_tokens, 512, batch, 256) for batch in (8, 16, 64))
+    prefill = tuple(EngineLimits(page_tokens, tokens, 64, 256, gap_s=gap_s) for tokens in (256, 512, 1024))
+    decode = tuple(EngineLimits(page_tokens, 512, batch, 256, gap_s=gap_s) for batch in (8, 16, 64))
     return Space(_ways(degrees, prefill), _ways(degrees, decode), _ways(degrees, prefill))
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -82,6 +83,8 @@ class Admission:
     predict: bool = True
     waiting: list[Claim] = field(default_factory=list)  # by rank
     _begun: dict[int, Claim] = field(default_factory=dict)  # sent to workers; by number
+    _begun_sequences: int = 0
+    _promised: Counter[float] = field(default_factory=Counter)  # TPOTs of those, each so often
     _unanswered: dict[int, _Sent] = field(default_factory=dict)  # of these, without a first token yet; oldest first
     _answered_s: float = -math.inf  # when the last first token came
 
@@ -133,6 +136,8 @@ class Admission:
             if outlook.backlog_s > self.lead_s or free < min(claim.sequences, total):
                 return None
         self._begun[claim.number] = self.waiting.pop(0)
+        self._begun_sequences += claim.sequences
+        self._promised[claim.tpot_s] += 1
         expected_s = Timeline(outlook).first_token_s(claim.prompt_tokens, claim.sequences, math.inf)
         self._unanswered[claim.number] = _Sent(claim, now_s, now_s + (expected_s or math.inf))
         return claim
@@ -149,7 +154,10 @@ class Admission:
 
     def leave(self, claim: Claim) -> None:
         """It ended, or its client left; wherever it was."""
-        self._begun.pop(claim.number, None)
+        if self._begun.pop(claim.number, None) is not None:
+            self._begun_sequences -= claim.sequences
+            self._promised[claim.tpot_s] -= 1
+            self._promised += Counter()  # without those that nobody was promised any more
         self._unanswered.pop(claim.number, None)
         self.waiting = _without(self.waiting, [claim])
 
@@ -204,7 +212,7 @@ class Admission:
         return replace(
             outlook,
             own_tokens=sum(one.claim.prompt_tokens for one in sent),
-            own_sequences=sum(claim.sequences for claim in self._begun.values()),
+            own_sequences=self._begun_sequences,
             progress_s=progress_s,
             stalled_s=stalled_s,
         )
@@ -212,7 +220,7 @@ class Admission:
     @property
     def _strictest_s(self) -> float:
         """The shortest TPOT that anybody under way was promised."""
-        return min((claim.tpot_s for claim in self._begun.values()), default=math.inf)
+        return min(self._promised, default=math.inf)
 
     def _limit_s(self, claim: Claim) -> float:
         return min(claim.tpot_s, self._strictest_s)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from baton.config_admission import AdmissionConfig, ClassConfig
+from placement.cluster import Change, Cluster, Pool
 from placement.cost import StepShape
 from placement.linear import LinearCost
 from placement.outcome import End, Outcome
 from placement.replica import EngineLimits
-from placement.simulator import Change, Cluster, Pool, simulate
+from placement.simulator import simulate
 from placement.workload import Arrival
 
 
@@ -51,6 +54,8 @@ LIMITS = st.builds(
     step_tokens=st.sampled_from([8, 128, 1024]),
     max_running=st.sampled_from([1, 3, 64]),
     max_waiting=st.sampled_from([4, 4096]),
+    mixed_tokens=st.sampled_from([0, 24, 1 << 20]),
+    gap_s=st.sampled_from([0.0, 0.03]),
 )
 CHANGES = st.lists(
     st.builds(
@@ -64,6 +69,15 @@ CHANGES = st.lists(
 )
 
 
+WAYS_IN = st.sampled_from(
+    [
+        None,
+        AdmissionConfig(),
+        AdmissionConfig(lead_ms=20.0, classes={"standard": ClassConfig(ttft_ms=300.0, tpot_ms=40.0)}),
+    ]
+)
+
+
 def summary(outcome: Outcome) -> list[tuple[object, ...]]:
     return [(t.end, t.sent, t.attempts, t.queue_s, t.handoff_s, repr(t.first_token_s), repr(t.last_token_s))
             for t in outcome.trips]  # fmt: skip
@@ -71,14 +85,14 @@ def summary(outcome: Outcome) -> list[tuple[object, ...]]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lengths=st.lists(LENGTHS, min_size=1, max_size=25), costs=st.tuples(COSTS, COSTS), limits=LIMITS,
-       changes=CHANGES, kind=st.tuples(st.booleans(), st.booleans()),
+       changes=CHANGES, kind=st.tuples(st.booleans(), st.booleans(), st.booleans()), way_in=WAYS_IN,
        blocks=st.lists(st.integers(0, 3), min_size=1, max_size=25))  # fmt: skip
 def test_runs_equal_single_steps(
     *,
     lengths: list[tuple[float, int, int]], costs: tuple[LinearCost, LinearCost], limits: EngineLimits,
-    changes: list[Change], kind: tuple[bool, bool], blocks: list[int],
+    changes: list[Change], kind: tuple[bool, bool, bool], way_in: AdmissionConfig | None, blocks: list[int],
 ) -> None:  # fmt: skip
-    (prefill, decode), (split, summed) = costs, kind
+    (prefill, decode), (split, summed, local) = costs, kind
     arrivals, at_s = [], 0.0
     for index, (gap_s, prompt, output) in enumerate(lengths):
         at_s += gap_s
@@ -87,7 +101,12 @@ def test_runs_equal_single_steps(
             Arrival(at_s, prompt, output, tuple(8 * prefix + n for n in range(-(-prompt // 64) * (prefix > 0))))
         )
     cost = decode if summed else PerSequence(decode)
-    cluster = Cluster(decode=Pool(cost, 2, limits), prefill=Pool(prefill, 2, limits) if split else None)
+    cluster = Cluster(
+        decode=Pool(cost, 2, limits),
+        prefill=Pool(prefill, 2, limits) if split else None,
+        local_prefill=local,
+        admission=way_in,
+    )
     kept = [change for change in changes if split or change.role == "decode"]
     fast = simulate(cluster, arrivals, changes=kept, block_tokens=64)
     slow = simulate(cluster, arrivals, changes=kept, block_tokens=64, fast=False)
@@ -108,3 +127,20 @@ def test_every_request_ends_with_all_its_tokens_or_is_refused(
         if trip.end is End.FINISHED:
             assert trip.sent == trip.output_tokens
             assert trip.arrived_s <= trip.first_token_s <= trip.last_token_s
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=25), cost=COSTS, limits=LIMITS, split=st.booleans())
+def test_runs_equal_single_steps_where_workers_slow_each_other(
+    *, lengths: list[tuple[float, int, int]], cost: LinearCost, limits: EngineLimits, split: bool
+) -> None:
+    """But for the last bits: what ends at the same instant may do so in another order."""
+    arrivals = [Arrival(0.11 * index, prompt, output) for index, (_, prompt, output) in enumerate(lengths)]
+    pool = Pool(cost, 1 if split else 2, limits)
+    cluster = Cluster(decode=pool, prefill=pool if split else None, slowdown=(1.0, 1.37))
+    fast, slow = simulate(cluster, arrivals), simulate(cluster, arrivals, fast=False)
+    for ours, theirs in zip(fast.trips, slow.trips, strict=True):
+        assert ours.end is theirs.end
+        if ours.end is End.FINISHED:
+            assert ours.first_token_s == pytest.approx(theirs.first_token_s, abs=1e-6)
+            assert ours.last_token_s == pytest.approx(theirs.last_token_s, abs=1e-6)

@@ -113,6 +113,7 @@ async def test_a_sweep_writes_figures_and_picture(served: tuple[Paced, str], tmp
         [
             "--address", served[1], "--sweep", "20,40", "--requests", "6", "--warmup", "2", "--prompt", "uniform:3:9",
             "--output", "4", "--ttft-ms", "2000", "--tpot-ms", "500", "--results", str(tmp_path), "--label", "test",
+            "--rest", "0.2",
         ]
     )  # fmt: skip
     document = await goodput.measure(chosen)
@@ -130,11 +131,27 @@ async def test_a_sweep_writes_figures_and_picture(served: tuple[Paced, str], tmp
     machine = document["machine"]
     assert machine["cores"] >= 1
     assert machine["memory_gib"] > 0.0
+    for cores in (document["at_rest"], *(one["cores"] for one in document["runs"])):
+        assert 0.0 < cores["busy"] <= machine["cores"] * 1.05
+        assert cores["stolen"] >= 0.0
 
 
 async def test_an_interrupt_keeps_what_was_measured(served: tuple[Paced, str], tmp_path: Path) -> None:
     chosen = goodput.options(
-        ["--address", served[1], "--rate", "20", "--requests", "2000", "--output", "2", "--results", str(tmp_path)]
+        [
+            "--address",
+            served[1],
+            "--rate",
+            "20",
+            "--requests",
+            "2000",
+            "--output",
+            "2",
+            "--results",
+            str(tmp_path),
+            "--rest",
+            "0.1",
+        ]
     )
 
     async def interrupt() -> None:

@@ -27,7 +27,7 @@ from placement.spaces import gpu_space
 from placement.synthetic import ObservedLengths, Poisson, draw
 
 LENGTHS = ObservedLengths(((400, 40), (900, 20), (100, 60)))
-LIMITS = EngineLimits(step_tokens=2048, max_running=64)
+LIMITS = EngineLimits(step_tokens=2048, max_running=64, mixed_tokens=2048)
 
 
 def way(tp: int, prefill_token_s: float, context_token_s: float, transfer_token_s: float = 0.0) -> Way:
@@ -153,9 +153,9 @@ def test_every_degree_without_stages_is_a_configuration_and_stages_are_refused_b
 def test_only_what_workers_can_be_is_searched_unless_asked_for() -> None:
     hardware, shape = Hardware.load("h200-sxm"), ModelShape.load("llama-3.1-8b")
     few = replace(shape, kv_heads=4)
-    plain = gpu_space(few, hardware, None, longest=4096)
+    plain = gpu_space(few, hardware, None, longest=4096, gap_s=0.03)
     assert {(w.tp, w.pp) for w in plain.decode} == {(1, 1), (2, 1), (4, 1)}
-    study = gpu_space(few, hardware, None, longest=4096, pipeline=True)
+    study = gpu_space(few, hardware, None, longest=4096, gap_s=0.03, pipeline=True)
     assert {(w.tp, w.pp) for w in study.decode} == {(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2)}
     for far, near in zip(study.prefill, study.near_prefill, strict=True):
         assert far.key == near.key
@@ -199,7 +199,7 @@ def test_pools_are_asked_until_one_says_no() -> None:
 
 
 def test_a_plan_says_what_was_not_measured() -> None:
-    far = EngineLimits(step_tokens=2 * STEP_TOKENS, max_running=64)
+    far = EngineLimits(step_tokens=2 * STEP_TOKENS, max_running=64, mixed_tokens=2 * STEP_TOKENS)
     cost = replica(replace(ModelShape.load("llama-3.1-8b"), layers=2), Hardware.load("h200-sxm"))
     tried = Trial(draw("drawn", 40, 1.0, Poisson(), ObservedLengths(((2 * STEP_TOKENS, 3),)), seed=3), Slo(9, 9), 40)
     found = search(Space((), (), (Way(1, 1, far, cost),)), 1, tried)

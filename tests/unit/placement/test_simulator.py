@@ -7,11 +7,12 @@ import pytest
 from baton import plane
 from baton.config_routing import Strategy
 from placement import router_view
+from placement.cluster import Change, Cluster, Pool
 from placement.cost import StepShape
 from placement.linear import LinearCost
 from placement.outcome import End, Outcome, Slo
 from placement.replica import EngineLimits
-from placement.simulator import Change, Cluster, Pool, simulate
+from placement.simulator import simulate
 from placement.workload import Arrival
 
 COST = LinearCost(base_s=0.01, prefill_token_s=0.001, sequence_s=0.0, context_token_s=0.0)

@@ -19,7 +19,7 @@ from placement.profile import (
     ProfiledReplica,
     Speed,
     StepFit,
-    handoff_of,
+    handoffs_of,
     held_out,
     non_negative,
 )
@@ -141,8 +141,13 @@ def test_auto_is_the_exact_codec_that_workers_would_choose() -> None:
     }
     wires = {"tcp": Speed(1e-5, 1e8), "nixl": Speed(1e-5, 1e10)}
     profile = replace(_profile(), codecs=codecs, wires=wires)
-    assert handoff_of(profile, "auto", "tcp") == handoff_of(profile, "lossless", "tcp")
-    assert handoff_of(profile, "auto", "nixl") == handoff_of(profile, "raw", "nixl")
+    assert handoffs_of(profile, "auto", "tcp").keys() == {"raw", "lossless"}
+    for transport, chosen in (("tcp", "lossless"), ("nixl", "raw")):
+        auto, fixed = (
+            ProfiledReplica(profile, codec=codec, transport=transport, kv_tokens=1) for codec in ("auto", chosen)
+        )
+        assert auto.transfer_s(1000) == fixed.transfer_s(1000)
+        assert auto.exposed_transfer_s(1000) == fixed.exposed_transfer_s(1000)
 
 
 def test_what_was_not_measured_is_named() -> None:
@@ -151,7 +156,15 @@ def test_what_was_not_measured_is_named() -> None:
     with pytest.raises(ConfigError, match=r"'nixl' was not measured; tcp were"):
         ProfiledReplica(_profile(), codec="raw", transport="nixl", kv_tokens=1)
     with pytest.raises(ConfigError, match=r"'lossless' was not measured; int8 were"):
-        handoff_of(replace(_profile(), codecs={"int8": CodecSpeed(Speed(0, 1e9), Speed(0, 1e9), 2.0)}), "auto", "tcp")
+        handoffs_of(replace(_profile(), codecs={"int8": CodecSpeed(Speed(0, 1e9), Speed(0, 1e9), 2.0)}), "auto", "tcp")
     few = Profile(MACHINE, "", "", "", "float32", 1, 1, 1, 1, False, "wall", 1.0, (), {}, {})
     with pytest.raises(ConfigError, match="a fit needs 40"):
         ProfiledReplica(few, codec="raw", transport="tcp", kv_tokens=1)
+
+
+def test_workers_share_what_is_left_of_the_machine() -> None:
+    measured = replace(_profile(), threads=1, beside=1.1, machine=replace(_profile().machine, cores=2))
+    assert measured.slowdown(3) == pytest.approx((1.0, 1.1, 1.5 * 1.1))
+    assert measured.slowdown(2, taken_cores=0.4) == pytest.approx((1.0, 1.1 * 2 / 1.6))
+    with pytest.raises(ConfigError, match="leave none"):
+        measured.slowdown(2, taken_cores=2.0)

@@ -41,6 +41,20 @@ def test_held_out_error_of_gemm(h200: Tables) -> None:
     assert error.p95 <= P95
 
 
+@pytest.mark.parametrize("name", ["gemm.fp8", "gemm.fp8.ragged", "gemm.fp8_block", "gemm.fp8_block.ragged"])
+def test_held_out_error_of_fp8_gemm_by_whether_four_divides_its_rows(h200: Tables, name: str) -> None:
+    error = h200.grids[name].held_out()
+    assert error.rows > 10_000
+    assert error.median <= MEDIAN
+    assert error.p95 <= P95
+
+
+def test_fp8_rows_that_four_does_not_divide_are_slower(h200: Tables) -> None:
+    kernels = TableKernels(h200, RooflineKernels(Hardware.load("h200-sxm"), "fp8"))
+    even, odd = kernels.gemm(np.array([256.0, 257.0]), 8192, 8192).seconds
+    assert odd > 1.5 * even
+
+
 def test_known_gemm_rows(h200: Tables, data: Path) -> None:
     columns = _columns(data, "gemm_perf")
     rows = [i for i, dtype in enumerate(columns["gemm_dtype"]) if dtype == "bfloat16"][::37]
