@@ -148,26 +148,31 @@ class Lander:
     def _land_all(self) -> None:
         while (fetched := self._fetched.get()) is not None:
             arrived: dict[Landing, list[Arrived]] = {}
+            lost: dict[Landing, str] = {}
             for wanted in fetched.run:
-                if (one := self._landed(fetched, wanted)) is not None:
-                    arrived.setdefault(wanted.landing, []).append(one)
-            self._pool.give(fetched.region)  # before anybody learns that a block has landed
+                match self._landed(fetched, wanted):
+                    case Arrived() as one:
+                        arrived.setdefault(wanted.landing, []).append(one)
+                    case str() as reason:
+                        wanted.landing.gate.close()  # its next block is not written even if that is at hand already
+                        lost.setdefault(wanted.landing, reason)
+            self._pool.give(fetched.region)  # before anybody learns what became of a block
             for landing, some in arrived.items():
                 landing.on_arrived(tuple(some))
+            for landing, reason in lost.items():
+                landing.on_lost(reason)
 
-    def _landed(self, fetched: Fetched, wanted: Wanted) -> Arrived | None:
-        """Lands a block; None when nobody wants it any more, or its handoff was lost over it."""
-        block, landing, started = wanted.block, wanted.landing, time.monotonic()
+    def _landed(self, fetched: Fetched, wanted: Wanted) -> Arrived | str | None:
+        """Lands a block; None when nobody wants it any more, the reason when its handoff is lost over it."""
+        block, started = wanted.block, time.monotonic()
         try:
             if not self._land(fetched, wanted):
                 return None
         except CodecError as error:
-            landing.fail(f"block {block.seq}: {error}")
-            return None
+            return f"block {block.seq}: {error}"
         except Exception as error:
             log.exception("%s: cannot write layer %d", block.request_id, block.layer)
-            landing.fail(f"cannot write: {error}")
-            return None
+            return f"cannot write: {error}"
         now, fetch_s = time.monotonic(), fetched.share_s(wanted)
         return Arrived(block.seq, block.nbytes, fetched.fetched_at, now, fetch_s + now - started, fetch_s)
 

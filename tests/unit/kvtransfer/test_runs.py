@@ -171,3 +171,20 @@ def test_a_request_given_up_is_not_fetched():
     )
     assert fetches == [(0, NBYTES), (2 * STEP, NBYTES)]
     assert not gone.written
+
+
+def test_a_loss_is_told_when_its_landing_buffer_is_free_again():
+    pool, request, held = BufferPool(1 << 16), Request("r"), []
+    request.landing.on_lost = lambda reason: (held.append(pool.stats().used_bytes), request.lost.append(reason))
+    lander, peer = Lander(LAYOUT, pool), Peer(pool)
+    puller = Puller(peer, pool, lander, LAYOUT, most_bytes=STEP, stall_s=5.0, on_broken=lambda reason: None, name="p")
+    peer.go.set()
+    puller.pull(request.block(peer, 0, 0, right=False), request.landing)
+    until(lambda: request.lost)
+    puller.stop()
+    puller.join(5)
+    lander.close()
+    assert held == [0]
+    assert request.lost == ["block 0: digest mismatch"]
+    assert request.landing.gate.closed
+    assert request.written == {}
