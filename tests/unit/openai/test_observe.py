@@ -100,7 +100,9 @@ def test_a_request_moves_every_meter(http: httpx2.Client) -> None:
     )
     assert grown("baton_handoff_bytes_total") > 0
     assert grown("baton_handoff_codec_tokens_total", codec="lossless") > 0
-    assert 0 <= grown("baton_handoff_exposed_seconds_total") <= grown("baton_handoff_busy_seconds_total")
+    exposed_s = sum(grown("baton_stage_seconds_sum", stage=stage) for stage in ("encode", "wire", "land"))
+    assert grown("baton_handoff_exposed_seconds_total") == pytest.approx(exposed_s)
+    assert grown("baton_handoff_busy_seconds_total") > 0
     assert grown("baton_router_rejections_total", reason="malformed") == 1
     assert grown("baton_router_rejections_total", reason="context_length_exceeded") == 1
     assert grown("baton_slo_requests_total") == grown("baton_slo_kept_total") == 2
