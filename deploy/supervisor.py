@@ -38,7 +38,7 @@ def environment(config: Config, folder: Path) -> dict[str, str]:
     """What Ray and Serve read once at import: HAProxy ingress with its files and ports private to this cluster."""
     haproxy, key = folder / "h", load_key(config.security)
     defences = ingress.install(config, haproxy, front_token(key) if key is not None else "")
-    ports = free_ports(2 * INGRESS_PORTS + 2)
+    ports = free_ports(2 * INGRESS_PORTS + 4)
     return (
         serve_config.environment(config)
         | defences
@@ -52,6 +52,8 @@ def environment(config: Config, folder: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports + 2 * INGRESS_PORTS),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(ports + 2 * INGRESS_PORTS + 1),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports + 2 * INGRESS_PORTS + 2),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports + 2 * INGRESS_PORTS + 3),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports + INGRESS_PORTS - 1),
             "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports + INGRESS_PORTS),
