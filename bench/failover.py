@@ -37,6 +37,7 @@ from deploy import local
 BUDGET_S = 60.0
 SEEN_TOKENS = 6  # of every stream, before the fault
 BACK_S = 60.0
+LOOK_S = 0.005
 AGAIN = tuple(stage for stage in ledger.STAGES if stage not in ("recover", "decode"))
 
 
@@ -61,8 +62,10 @@ async def hit(
     running = []
     for stream in streams:
         running.append(asyncio.create_task(ask(client, stream, BUDGET_S)))
-        while len(stream.tokens) < SEEN_TOKENS and not running[-1].done():
-            await asyncio.sleep(0.005)
+        for _ in range(int(BUDGET_S / LOOK_S)):
+            if len(stream.tokens) >= SEEN_TOKENS or running[-1].done():
+                break
+            await asyncio.sleep(LOOK_S)
     victim = draw.choice(await asyncio.to_thread(replicas, supervisor, "decode"))
     watched = os.pidfd_open(victim.pid)
     os.kill(victim.pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
