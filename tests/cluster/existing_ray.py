@@ -15,18 +15,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import grpc
 import yaml
+from three_nodes import ask  # beside this script, as Python finds it when that is run
 
 from baton.config import parse
-from baton.wire import inference_pb2 as pb
-from baton.wire import inference_pb2_grpc
 from deploy.serve_config import environment as environment_of_clusters
 from deploy.serve_config import serve_config
 from deploy.supervisor import environment, scratch_folder
 
 COMMAND_S = 150.0
-GRPC = "127.0.0.1:19000"
 
 
 def main() -> None:
@@ -94,22 +91,6 @@ def start_ingress(tree: dict[str, Any]) -> None:
 def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deploy.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
-
-
-def ask(prompt_ids: list[int]) -> dict[str, object]:
-    with grpc.insecure_channel(GRPC) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)
-        request = pb.GenerateRequest(
-            token_ids=pb.TokenIds(ids=prompt_ids),
-            sampling=pb.Sampling(temperature=0.0, max_tokens=32, ignore_eos=True),
-        )
-        chunks = list(stub.Generate(request, timeout=60, wait_for_ready=True))
-        status = stub.GetStatus(pb.GetStatusRequest(), timeout=10)
-    return {
-        "tokens": [token for chunk in chunks for token in chunk.token_ids],
-        "transport": chunks[-1].ledger.transport,
-        "hosts": {pool.role: [w.address.rpartition(":")[0] for w in pool.workers] for pool in status.pools},
-    }
 
 
 if __name__ == "__main__":
