@@ -13,7 +13,7 @@ CodecName = Literal[
     "int3-zstd", "int2", "int2-zstd",
 ]  # fmt: skip
 CodecChoice = Literal["auto", CodecName]
-TransportName = Literal["nixl", "tcp", "gloo", "loopback"]
+TransportName = Literal["nixl", "tcp", "gloo", "nccl", "loopback"]
 QualityFloor = Literal["exact", "int8", "int6", "fp8", "int4", "int3", "int2"]  # falling, as measured: ADR 8
 CODECS: tuple[str, ...] = get_args(CodecName)
 EXACT_CODECS: frozenset[str] = frozenset(("raw", "lossless"))  # what lands is what was sent, to the last bit

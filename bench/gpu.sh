@@ -28,6 +28,14 @@ step() {
 # No configuration of the project: a bare machine lacks the plugins that it names.
 step tests 210 "$PYTHON" -m pytest -c /dev/null --rootdir=. --import-mode=importlib -p no:cacheprovider -q -ra \
   tests/unit/kernels tests/gpu
+steps=(tests kernels engine)
+if [[ $("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') -ge 2 ]]; then  # and cryptography, msgpack, xxhash
+  steps+=(nccl)
+  step nccl 120 "$PYTHON" -m pytest -c /dev/null --rootdir=. --import-mode=importlib -p no:cacheprovider -q -ra \
+    tests/unit/kvtransfer/test_transport_contract.py -k nccl
+else
+  echo "fewer than two GPUs: handoff.transport nccl is not tested"
+fi
 step kernels 210 "$PYTHON" -m bench.kernels
 step engine 120 "$PYTHON" -m bench.engine gpu --batch 64
 
@@ -35,7 +43,7 @@ for result in kernels-gpu engine-gpu; do
   cp -f "bench/results/$result.json" "$OUT/" 2>/dev/null || true
 done
 failed=0
-for name in tests kernels engine; do
+for name in "${steps[@]}"; do
   printf '\n== %s: exit status %s\n' "$name" "${ended[$name]}"
   tail -n 60 "$OUT/gpu-$name.log"
   [[ ${ended[$name]} == 0 ]] || failed=1

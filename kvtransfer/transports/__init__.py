@@ -7,11 +7,14 @@ opens a :class:`Source` per peer and fetches ranges of it, one blocking call at 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from baton.config_handoff import TlsConfig
 from baton.errors import BatonError, ConfigError
 from kvtransfer.arena import HostMemory
+
+if TYPE_CHECKING:  # it imports torch.distributed
+    from kvtransfer.transports.collective import Backend
 
 
 class FetchLost(BatonError):
@@ -81,10 +84,10 @@ def make_exporter(
             from kvtransfer.transports.tcp import TcpExporter
 
             return TcpExporter(memory, host=host, tls=tls)
-        case "gloo":
-            from kvtransfer.transports.gloo import GlooExporter
+        case "gloo" | "nccl":
+            from kvtransfer.transports.collective import CollectiveExporter
 
-            return GlooExporter(memory, host=host)
+            return CollectiveExporter(memory, _backend(transport, last_gpu=True), host=host)
         case "loopback":
             from kvtransfer.transports.loopback import LoopbackExporter
 
@@ -104,13 +107,24 @@ def make_fetcher(transport: str, memory: HostMemory, *, name: str, ucx_tls: str,
             from kvtransfer.transports.tcp import TcpFetcher
 
             return TcpFetcher(memory, tls=tls)
-        case "gloo":
-            from kvtransfer.transports.gloo import GlooFetcher
+        case "gloo" | "nccl":
+            from kvtransfer.transports.collective import CollectiveFetcher
 
-            return GlooFetcher(memory)
+            return CollectiveFetcher(memory, _backend(transport, last_gpu=False))
         case "loopback":
             from kvtransfer.transports.loopback import LoopbackFetcher
 
             return LoopbackFetcher(memory)
         case _:
             raise ConfigError(f"unknown transport {transport!r}", field="handoff.transport")
+
+
+def _backend(transport: str, *, last_gpu: bool) -> Backend:
+    """Senders take the last GPU that they see: on one machine, as under the doctor, both ends may see all of them."""
+    if transport == "nccl":
+        from kvtransfer.transports.nccl import Nccl
+
+        return Nccl(last_gpu=last_gpu)
+    from kvtransfer.transports.collective import Gloo
+
+    return Gloo()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -22,6 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 PEER = Path(__file__).with_name("peer.py")
 LAYOUT = {"model": "m", "layers": 4, "kv_heads": 2, "head_dim": 32, "dtype": "float32"}
 TRANSPORTS = ("tcp", "tcp-tls", "nixl", "nixl-over-tcp", "gloo")
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL is not tested here: it needs two GPUs")
+NCCL = pytest.param("nccl", marks=TWO_GPUS)
 Answer = Any
 
 
@@ -152,6 +155,7 @@ PROMISES = {
     "nixl": Promises(reads_the_stopped=True),  # CMA: the kernel copies
     "nixl-over-tcp": Promises(fenced=False),
     "gloo": Promises(interruptible=False),
+    "nccl": Promises(),
 }
 
 
@@ -220,7 +224,7 @@ def _begun(transport: str, tls: dict[str, str], layout: dict[str, Any] | None = 
         decode.end()
 
 
-@pytest.fixture(scope="module", params=("loopback", *TRANSPORTS))
+@pytest.fixture(scope="module", params=("loopback", *TRANSPORTS, NCCL))
 def standing(request: pytest.FixtureRequest, tls: dict[str, str]) -> Iterator[Pair]:
     yield from _begun(request.param, tls, landing_bytes=160 << 20)
 
@@ -238,19 +242,20 @@ def small_pair() -> Iterator[Pair]:
     yield from _begun("loopback", {}, landing_bytes=2400 << 10, staging_bytes=2400 << 10)
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=(*TRANSPORTS, NCCL))
 def mortal_pair(request: pytest.FixtureRequest, tls: dict[str, str]) -> Iterator[Pair]:
     """Two processes of one test, to be stopped and killed; the receiver has room for one block."""
     yield from _begun(request.param, tls, landing_bytes=1200 << 10)
 
 
-@pytest.fixture(params=["tcp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loopback", *TRANSPORTS[1:]))])
+@pytest.fixture(params=["tcp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loopback", *TRANSPORTS[1:])),
+                        pytest.param("nccl", marks=(TWO_GPUS, pytest.mark.slow))])  # fmt: skip
 def wide_pair(request: pytest.FixtureRequest, tls: dict[str, str]) -> Iterator[Pair]:
     """Room for thousands of leases; only what is used of it becomes resident."""
     yield from _begun(request.param, tls, landing_bytes=2600 << 20, staging_bytes=64 << 20, stall_s=20.0, lease_s=60.0)
 
 
-@pytest.fixture(params=("loopback", *TRANSPORTS))
+@pytest.fixture(params=("loopback", *TRANSPORTS, NCCL))
 def large_pair(request: pytest.FixtureRequest, tls: dict[str, str]) -> Iterator[Pair]:
     """A layout of which 8,192 tokens are one GiB, and 32 MiB of buffers on either side."""
     layout = {"model": "m", "layers": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
@@ -297,7 +302,7 @@ class Ends:
             self.replace_exporter()
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(scope="module", params=(*TRANSPORTS, NCCL))
 def standing_ends(request: pytest.FixtureRequest, tls: dict[str, str]) -> Iterator[Ends]:
     made = Ends(request.param, tls)
     yield made

@@ -16,6 +16,7 @@ CARRIERS = {
     "nixl": "cma/memory (intra-node",
     "nixl-over-tcp": "tcp/lo (intra-node",
     "gloo": "gloo over tcp",
+    "nccl": "nccl between GPUs",
 }
 
 

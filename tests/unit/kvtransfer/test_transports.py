@@ -13,12 +13,13 @@ import time
 
 import msgpack
 import pytest
+import torch
 
 from baton.config_handoff import TlsConfig
 from baton.errors import ConfigError
 from kvtransfer.arena import HostMemory
-from kvtransfer.transports import FetchLost, make_exporter, make_fetcher
-from kvtransfer.transports.data_port import dial, receive
+from kvtransfer.transports import FetchLost, make_exporter, make_fetcher, nccl
+from kvtransfer.transports.data_port import cut, dial, receive
 from kvtransfer.transports.proof import Proof
 
 NIXL_CHILD = """
@@ -260,7 +261,7 @@ def test_an_exporter_that_does_not_know_the_token_is_not_read(landing):
 )  # fmt: skip
 def test_a_group_that_is_not_formed_by_the_rules_is_given_up(landing, rendezvous, monkeypatch):
     """The exporting member drops whoever floods it, and one that is silent when the time for forming is over."""
-    monkeypatch.setattr("kvtransfer.transports.gloo._FORM_S", 1.0)
+    monkeypatch.setattr("kvtransfer.transports.collective.FORM_S", 1.0)
     exporter = _exporter("gloo", TlsConfig())
     sock, _ = _dialled(exporter, "gloo")
     with sock:
@@ -273,6 +274,39 @@ def test_a_group_that_is_not_formed_by_the_rules_is_given_up(landing, rendezvous
     source.fetch(0, 4096, 0, 5.0)
     source.close()
     exporter.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_nccl_without_a_gpu_says_which_field_to_change(landing):
+    with pytest.raises(ConfigError, match="joins GPUs") as refused:
+        make_fetcher("nccl", landing, name="d", ucx_tls="")
+    assert refused.value.field == "handoff.transport"
+
+
+@pytest.mark.parametrize("other", [b"A" * 16, b"B" * 16])
+def test_two_members_on_one_gpu_are_refused(other):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(other)
+        expect = pytest.raises(ConnectionRefusedError, match=r"handoff\.transport")
+        with expect if other == b"A" * 16 else contextlib.nullcontext():
+            nccl.meet(ours, b"A" * 16, time.monotonic() + 1.0)
+        assert theirs.recv(16) == b"A" * 16
+
+
+@pytest.mark.parametrize("end", ["theirs", "ours", "nobody's"])
+def test_waiting_for_nccl_ends_with_the_connection_or_at_the_deadline(end):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        nccl.until(lambda: True, ours, 0.0)
+        theirs.sendall(b"not a hang-up")
+        begun = time.monotonic()
+        leave = threading.Timer(0.1, {"theirs": theirs.close, "ours": lambda: cut(ours)}.get(end, lambda: None))
+        leave.start()
+        with pytest.raises(TimeoutError if end == "nobody's" else ConnectionResetError):
+            nccl.until(lambda: False, ours, begun + 0.5)
+        assert 0.1 <= time.monotonic() - begun < (0.4 if end != "nobody's" else 0.8)
+        leave.join()
 
 
 def test_both_ends_of_a_tls_connection_must_know_the_authority(landing, tls, stranger):
