@@ -27,8 +27,10 @@ from typing import Any
 
 import grpc
 
+from baton.errors import BatonError
 from baton.wire import inference_pb2 as pb
 from bench import machine, workload
+from bench.host import Host
 from bench.load import CUT_OFF, Ask, Target, run
 from bench.picture import Run, draw
 from bench.stats import Record, Slo, attainment, goodput, summary
@@ -100,25 +102,26 @@ async def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     runs: list[Run] = []
     async with Target(chosen.address, chosen.channels) as target:
         await target.connect(CONNECT_S)
-        models = await target.stub(0).ListModels(pb.ListModelsRequest(), timeout=CONNECT_S)
-        meter = machine.Meter()
-        await asyncio.sleep(chosen.rest)
-        document = _preamble(chosen, await _status(target)) | {"at_rest": asdict(meter.read())}
-        for number, rate_per_s in enumerate(chosen.sweep or [chosen.rate]):
-            planned = plan(chosen, rate_per_s, models.models[0].max_context_tokens)
-            mean_rate = rate_per_s or (len(planned) - 1) / max(planned[-1].at_s, 1e-9)
-            asks = _asks(planned, models.models[0], chosen.codec, random.Random(f"{chosen.seed}/{number}"))
-            meter = machine.Meter()
-            records = await run(target, asks, timeout_s=chosen.timeout, stop=stop, progress=_progress(mean_rate, asks))
-            kept = [record for record in records if record.status != CUT_OFF and record.index >= chosen.warmup]
-            document["runs"].append(_outcome(mean_rate, kept, slo) | {"cores": asdict(meter.read())})
-            runs.append(Run(mean_rate, kept))
-            _tell(document["runs"][-1])
-            if not stop.is_set() and not await _idle(target):
-                print(f"the service still holds requests after {IDLE_S:.0f} s; ending here", file=sys.stderr)
-                stop.set()
-            if stop.is_set():
-                break
+        (model, *_) = (await target.stub(0).ListModels(pb.ListModelsRequest(), timeout=CONNECT_S)).models
+        document = _preamble(chosen, await _status(target))
+        with Host(chosen.address) as host:
+            document |= await host.at_rest(target, model, chosen.rest)
+            for number, rate_per_s in enumerate(chosen.sweep or [chosen.rate]):
+                planned = plan(chosen, rate_per_s, model.max_context_tokens)
+                mean_rate = rate_per_s or (len(planned) - 1) / max(planned[-1].at_s, 1e-9)
+                asks = _asks(planned, model, chosen.codec, random.Random(f"{chosen.seed}/{number}"))
+                host.begin()
+                progress = _progress(mean_rate, asks)
+                records = await run(target, asks, timeout_s=chosen.timeout, stop=stop, progress=progress)
+                kept = [record for record in records if record.status != CUT_OFF and record.index >= chosen.warmup]
+                document["runs"].append(_outcome(mean_rate, kept, slo) | host.read())
+                runs.append(Run(mean_rate, kept))
+                _tell(document["runs"][-1])
+                if not stop.is_set() and not await _idle(target):
+                    print(f"the service still holds requests after {IDLE_S:.0f} s; ending here", file=sys.stderr)
+                    stop.set()
+                if stop.is_set():
+                    break
     reached = goodput([(run.rate_per_s, attainment(run.records, slo)) for run in runs])
     document |= {"partial": stop.is_set(), "goodput": asdict(reached)}
     _write(chosen, document, runs, slo)
@@ -289,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except grpc.aio.AioRpcError as error:
         print(f"error: {chosen.address}: {error.code().name}: {error.details()}", file=sys.stderr)
         return 1
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, BatonError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 130 if document["partial"] else 0

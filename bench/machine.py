@@ -6,12 +6,14 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
+MARK = "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"  # of the environment: its value is one cluster's own (deploy.supervisor)
 DISTRIBUTIONS = ("torch", "triton", "ray", "nixl", "grpcio")  # those that are there: a GPU machine may be bare
 
 
@@ -32,22 +34,56 @@ def describe() -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Cores in use on average over a time, by everybody on this machine, and those that its host gave to others."""
+    """Cores in use on average over a time. ``engines``: of ``busy``, by threads that give way (``engine.threads``).
+
+    ``others``: of ``busy``, by whoever is neither the service nor this process; None where the service is not known.
+    """
 
     busy: float
-    stolen: float
+    stolen: float  # that the machine's host gave to others
+    engines: float
+    others: float | None
 
 
 class Meter:
-    """Reads :class:`Cores` since it was made."""
+    """Reads :class:`Cores` since it was made. ``ours``: the service's processes, which live longer than the meter."""
 
-    def __init__(self) -> None:
-        self._since_s, self._then = time.monotonic(), psutil.cpu_times()
+    def __init__(self, ours: Sequence[psutil.Process] = ()) -> None:
+        self._ours = tuple(ours)
+        self._since_s, self._then, self._own_s = time.monotonic(), psutil.cpu_times(), self._spent_s()
 
     def read(self) -> Cores:
+        """Raises :class:`psutil.NoSuchProcess` when one of the service's processes has ended."""
         passed_s, now, then = time.monotonic() - self._since_s, psutil.cpu_times(), self._then
+        own_s = self._spent_s() - self._own_s
         busy_s = sum(getattr(now, name) - getattr(then, name) for name in ("user", "nice", "system", "irq", "softirq"))
-        return Cores(busy_s / passed_s, (now.steal - then.steal) / passed_s)
+        others = max(0.0, busy_s - own_s) / passed_s if self._ours else None
+        return Cores(busy_s / passed_s, (now.steal - then.steal) / passed_s, (now.nice - then.nice) / passed_s, others)
+
+    def _spent_s(self) -> float:
+        """CPU seconds of the service, of this process and of its children so far."""
+        me = psutil.Process()
+        times = [one.cpu_times() for one in (*self._ours, me, *me.children(recursive=True))]
+        return sum(one.user + one.system for one in times)
+
+
+def service(port: int) -> list[psutil.Process]:
+    """The processes of the cluster that listens on ``port`` of this machine; none where nobody does, or who may not be
+    looked at. They are known by what Serve's processes inherit from their supervisor."""
+    listeners = {
+        one.pid
+        for one in psutil.net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN and one.pid and one.laddr and one.laddr.port == port
+    }
+    marks = {mark for pid in listeners if (mark := _mark(psutil.Process(pid)))}
+    return [one for one in psutil.process_iter() if _mark(one) in marks]
+
+
+def _mark(process: psutil.Process) -> str:
+    try:
+        return process.environ().get(MARK, "")
+    except psutil.Error:  # ended, or another user's
+        return ""
 
 
 def _installed() -> dict[str, str]:

@@ -1,0 +1,67 @@
+"""How fast this machine is while something is measured on it: one small piece of arithmetic, timed again and again.
+
+The cores of a virtual machine are not always as fast: neighbours share their clock, their caches and their siblings.
+Here the same matrix product took between 0.8 and 1.2 times its median within seconds and from minute to minute. A
+profile says how long a step takes at the speed of its day; the pulse of that day, and that of another, say what to make
+of it then.
+
+A beat counts CPU seconds and works within a core's own cache: neither waiting for a core nor memory's bandwidth is in
+it, since both depend on what else runs here, which models say themselves.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from multiprocessing.connection import Connection
+
+from baton.errors import ConfigError
+
+ROWS, INNER, COLUMNS = 160, 576, 256  # float32: 1.1 MB
+REPEATS = 4
+BEAT_S = 0.25  # of which 3 ms are work
+READY_S = 60.0
+
+
+class Pulse:
+    """A process of its own that beats while this is open. Use with ``with``."""
+
+    def __enter__(self) -> Pulse:
+        """Raises :class:`ConfigError` when the process does not start."""
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe(duplex=False)
+        self._process = context.Process(target=_beat, args=(there,), daemon=True)
+        self._process.start()
+        there.close()
+        if not self._here.poll(READY_S):
+            self.__exit__()
+            raise ConfigError(f"no pulse within {READY_S:.0f} s", field="pulse")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._here.close()
+
+    def read(self) -> float:
+        """Median CPU seconds of the beats since the last reading; waits for one if there were none."""
+        beats = [float(self._here.recv())]
+        while self._here.poll():
+            beats.append(float(self._here.recv()))
+        return statistics.median(beats)
+
+
+def _beat(parent: Connection) -> None:
+    """Until the parent is gone, or reads no more."""
+    import torch
+
+    torch.set_num_threads(1)
+    left, right = torch.ones(ROWS, INNER), torch.ones(INNER, COLUMNS)
+    while True:
+        torch.mm(left, right)  # what slept finds its cache taken
+        started = time.thread_time()
+        for _ in range(REPEATS):
+            torch.mm(left, right)
+        parent.send(time.thread_time() - started)
+        time.sleep(BEAT_S)
