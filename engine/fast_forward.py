@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.pages import PagePool
 from engine.scheduler import Scheduler
+from engine.sequence import Job, Sequence, Slice, Timing
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,22 @@ class DecodeRun:
 
 
 class FastForward(Scheduler):
-    """A scheduler that can also be told of many steps at once. Everything ends as if it had been told of each."""
+    """A scheduler that can also be told of many steps at once. Everything ends as if it had been told of each.
+
+    While a run goes on its sequences are told nothing: how many steps they are behind is one number for all of them,
+    and how many pages these took follows from how full their last ones were.
+    """
+
+    def __init__(
+        self, pool: PagePool, *, step_tokens: int, max_running: int, max_waiting: int, mixed_tokens: int | None = None
+    ) -> None:
+        super().__init__(
+            pool, step_tokens=step_tokens, max_running=max_running, max_waiting=max_waiting, mixed_tokens=mixed_tokens
+        )
+        self._cycle: list[int] = []  # of a run: pages taken by its n-th step, modulo a page's tokens, the first aside
+        self._behind = 0  # steps of the run that the sequences do not know of
+        self._first_s = 0.0  # when the first of these ended
+        self._taken: list[int] = []  # pages for these and the step under way
 
     def decode_run(self, now_s: float) -> DecodeRun | None:
         """Begins the next step if that, and perhaps more, is a plain decode of one fixed batch; None if it is not.
@@ -27,6 +45,7 @@ class FastForward(Scheduler):
         The run ends before a sequence would pass its ``max_tokens`` or the free pages would run out. It holds until
         something is added, started or released. Like ``schedule`` it takes the pages of its first step.
         """
+        self._catch_up()
         self._seat_ready()
         if not self._running or self._admits():
             return None
@@ -48,10 +67,10 @@ class FastForward(Scheduler):
         steps = _steps_until_full(slacks, self.pool.free, steps)
         if steps <= 0:
             return None
-        for sequence in growing:
-            sequence.pages += self.pool.take(1)
+        self._hand_out(growing)
         for sequence in fresh:
             sequence.scheduled_s = now_s
+        self._cycle = [slacks[0] + slacks[page_tokens], *slacks[1:page_tokens]]
         return DecodeRun(tuple(contexts), steps)
 
     def skip(self, steps: int, first_s: float, *, goes_on: bool) -> list[str]:
@@ -59,18 +78,100 @@ class FastForward(Scheduler):
 
         ``goes_on`` says that the run's next step has begun. Returns the sequences that reached their ``max_tokens``.
         """
-        full, page_tokens = [], self.pool.page_tokens
+        if not self._behind:
+            self._first_s = first_s
+        if goes_on:
+            done, cycle = self._behind, self._cycle
+            wanted = sum([cycle[step % len(cycle)] for step in range(done + 1, done + steps + 1)])
+            self._taken += self.pool.take(wanted)
+            self._behind += steps
+            return []
+        self._behind += steps
+        self._catch_up(held=-1)
+        self._cycle = []
+        return [sequence.job.request_id for sequence in self._running if sequence.known >= sequence.full_at]
+
+    def mixed(self, now_s: float) -> tuple[list[Sequence], tuple[Slice, ...]]:
+        """The next step as :meth:`schedule` has it, but for its decodes the sequences: they need no block tables."""
+        decodes, prompts = [], []
+        for sequence, count in self._choose(now_s):
+            if sequence.decodes:
+                decodes.append(sequence)
+            else:
+                prompts.append(sequence.slice(count))
+        return decodes, tuple(prompts)
+
+    def give(self, decodes: list[Sequence], now_s: float) -> list[str]:
+        """Each of ``decodes``, of the current :meth:`mixed` step, has its next token. Returns those with all theirs."""
+        full = []
+        for sequence in decodes:
+            sequence.computed = sequence.known
+            sequence.known = known = sequence.known + 1
+            if sequence.keys:
+                self.holdings.publish(sequence)
+            if sequence.first_token_s is None:
+                sequence.first_token_s = now_s
+            if known >= sequence.full_at:
+                full.append(sequence.job.request_id)
+        return full
+
+    def full(self, request_id: str) -> bool:
+        """Whether the sequence has all the tokens that it asked for."""
+        sequence = self._get(request_id)
+        return sequence.known >= sequence.full_at
+
+    # What is done step by step in the scheduler must find the sequences as they are.
+
+    def release(self, request_id: str) -> bool:
+        self._catch_up()
+        return super().release(request_id)
+
+    def outputs(self, request_id: str) -> int:
+        self._catch_up()
+        return super().outputs(request_id)
+
+    def timing(self, request_id: str) -> Timing:
+        self._catch_up()
+        return super().timing(request_id)
+
+    @property
+    def waiting_tokens(self) -> int:
+        return sum([s.known - s.found for s in self._waiting]) if self._cycle else super().waiting_tokens
+
+    def check_integrity(self) -> None:
+        self._catch_up()
+        super().check_integrity()
+
+    def _choose(self, now_s: float) -> list[tuple[Sequence, int]]:
+        self._catch_up()
+        return super()._choose(now_s)
+
+    def _victims(self, job: Job, enough: Callable[[list[Sequence]], bool]) -> list[Sequence] | None:
+        self._catch_up()
+        return super()._victims(job, enough)
+
+    def _catch_up(self, held: int = 0) -> None:
+        """Tells the sequences of the steps that they are behind. ``held``: tokens beyond the known that have pages."""
+        steps, self._behind = self._behind, 0
+        if not steps:
+            return
+        growing, page_tokens, first_s = list[Sequence](), self.pool.page_tokens, self._first_s
         for sequence in self._running:
             sequence.known = known = sequence.known + steps
             sequence.computed = known - 1
             if sequence.first_token_s is None:
                 sequence.first_token_s = first_s
-            held = known if goes_on else known - 1
-            if held > len(sequence.pages) * page_tokens:
-                sequence.pages += self.pool.take(self.pool.pages_for(held) - len(sequence.pages))
-            if known >= sequence.full_at:
-                full.append(sequence.job.request_id)
-        return full
+            if known + held > len(sequence.pages) * page_tokens:
+                growing += [sequence] * (-(-(known + held) // page_tokens) - len(sequence.pages))
+        self._hand_out(growing)
+
+    def _hand_out(self, growing: list[Sequence]) -> None:
+        """One page to each, in turn."""
+        taken, self._taken = self._taken, []
+        if growing:
+            taken += self.pool.take(len(growing) - len(taken))
+            for sequence, page in zip(growing, taken, strict=True):
+                sequence.pages.append(page)
 
     def _admits(self) -> bool:
         """Whether a waiting sequence could enter the next step, were all running ones decodes."""

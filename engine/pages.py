@@ -65,7 +65,10 @@ class PagePool:
         self.changes += 1
         while len(self._free) < count:
             self._evict()
-        taken = [self._free.pop() for _ in range(count)]
+        left = len(self._free) - count
+        taken = self._free[left:]
+        del self._free[left:]
+        taken.reverse()
         for page in taken:
             self._references[page] = 1
         self.high_water = max(self.high_water, self.used)
@@ -92,12 +95,14 @@ class PagePool:
     def drop(self, pages: Iterable[int]) -> None:
         """Takes one reference from each of ``pages`` in turn; those without any left are free or idle."""
         self.changes += 1
+        references, kept = self._references, self._kept
         for page in pages:
-            if self._references[page] == 0:
+            left = references[page] - 1
+            if left < 0:
                 raise PageIntegrityError(f"page {page} is already free")
-            self._references[page] -= 1
-            if self._references[page] == 0:
-                if page in self._kept:
+            references[page] = left
+            if left == 0:
+                if page in kept:
                     self._idle[page] = None
                 else:
                     self._free.append(page)

@@ -105,6 +105,13 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> tuple[Slice, ...]:
         """The next step, decodes first. Empty when nothing can run: then only a release or an add changes that."""
+        chosen = self._choose(now_s)
+        slices = (sequence.slice(count) for sequence, count in chosen)
+        # One that comes back from preemption may find all but its newest token in the cache: a decode, found late.
+        return tuple(sorted(slices, key=lambda part: not part.decode))
+
+    def _choose(self, now_s: float) -> list[tuple[Sequence, int]]:
+        """Sequences of the next step, and how many tokens of each."""
         self._seat_ready()
         self._preempt(self._outranked())
         while not (chosen := self._decodes()) and self._ready and len(self._running) < self.max_running:
@@ -114,9 +121,7 @@ class Scheduler:
         for sequence, _ in chosen:
             if sequence.scheduled_s is None:
                 sequence.scheduled_s = now_s
-        slices = (sequence.slice(count) for sequence, count in chosen)
-        # One that comes back from preemption may find all but its newest token in the cache: a decode, found late.
-        return tuple(sorted(slices, key=lambda part: not part.decode))
+        return chosen
 
     def advance(self, step: tuple[Slice, ...], now_s: float) -> None:
         """``step`` was computed: its KV is in the pages, and each slice that samples has one more known token."""
@@ -171,8 +176,7 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """Tokens known but neither computed nor found in the cache, over all sequences that want to be computed."""
-        wanted = (s for queue in (self._waiting, self._running) for s in queue if not s.decodes)
-        return sum(s.known - (s.computed or s.found) for s in wanted)
+        return sum([s.known - (s.computed or s.found) for s in (*self._waiting, *self._running) if not s.decodes])
 
     @property
     def running(self) -> int:
@@ -254,16 +258,16 @@ class Scheduler:
 
     def _decodes(self) -> list[tuple[Sequence, int]]:
         """One token for every decode, best rank first, so that who is preempted was never chosen before."""
-        chosen = []
+        chosen, page_tokens = [], self.pool.page_tokens
         for sequence in [s for s in self._running if s.decodes]:
-            if sequence.phase is Phase.RUNNING and self._grow(sequence):
+            if sequence.phase is not Phase.RUNNING:
+                continue
+            if len(sequence.pages) * page_tokens > sequence.computed or self._grow(sequence):
                 chosen.append((sequence, 1))
         return chosen
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Gives a decode the page of its next token, from others if it must; False when it was itself preempted."""
-        if len(sequence.pages) * self.pool.page_tokens > sequence.computed:
-            return True
+        """Gives a decode another page, from others if it must; False when it was itself preempted."""
         while self.pool.free == 0:
             victim = next(s for s in reversed(self._running) if s.preemptible)  # at worst ``sequence`` itself
             self._preempt([victim])

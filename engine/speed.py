@@ -4,6 +4,7 @@ from __future__ import annotations
 
 HALF_LIFE_TOKENS = 512  # a chunk or two: batches and contexts change faster than that anyway
 HALF_LIFE_STEPS = 128  # of decodes: seconds, in which contexts and batches change
+_KEPT = 0.5 ** (1 / HALF_LIFE_STEPS)
 FLAT = 0.25  # variance of batch sizes at which half of the slope that the steps suggest is believed
 
 
@@ -14,9 +15,10 @@ class PromptSpeed:
         self._seconds = self._tokens = 0.0
 
     def observe(self, prompt_tokens: int, step_s: float) -> None:
-        kept = 0.5 ** (prompt_tokens / HALF_LIFE_TOKENS)
-        self._seconds = kept * self._seconds + step_s * (prompt_tokens > 0)
-        self._tokens = kept * self._tokens + prompt_tokens
+        if prompt_tokens:
+            kept = 0.5 ** (prompt_tokens / HALF_LIFE_TOKENS)
+            self._seconds = kept * self._seconds + step_s
+            self._tokens = kept * self._tokens + prompt_tokens
 
     @property
     def token_s(self) -> float:
@@ -38,12 +40,11 @@ class StepSpeed:
         """A step that gave one token to each of ``sequences`` took ``step_s`` seconds."""
         if not sequences:
             return
-        kept = 0.5 ** (1 / HALF_LIFE_STEPS)
-        self._weight = kept * self._weight + 1.0
-        self._sequences = kept * self._sequences + sequences
-        self._seconds = kept * self._seconds + step_s
-        self._squares = kept * self._squares + sequences * sequences
-        self._products = kept * self._products + sequences * step_s
+        self._weight = _KEPT * self._weight + 1.0
+        self._sequences = _KEPT * self._sequences + sequences
+        self._seconds = _KEPT * self._seconds + step_s
+        self._squares = _KEPT * self._squares + sequences * sequences
+        self._products = _KEPT * self._products + sequences * step_s
 
     @property
     def sequence_s(self) -> float:

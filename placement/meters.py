@@ -31,6 +31,10 @@ class Meters:
 
     def decoded(self, decodes: int, started_s: float, ends_s: Sequence[float]) -> None:
         """Steps that only gave one token each to the same ``decodes`` sequences, one right after the other."""
-        for ended_s in ends_s:
-            self.stepped(decodes, 0, ended_s - started_s)
+        steps, pace = self.steps, self._pace
+        for ended_s in ends_s:  # no prompts: nothing for their speed
+            step_s = ended_s - started_s
+            steps.observe(decodes, step_s)
+            if pace is not None:
+                pace.observe(decodes, 0, step_s)
             started_s = ended_s

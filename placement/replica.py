@@ -18,7 +18,7 @@ from baton.messages import Load
 from engine.fast_forward import DecodeRun, FastForward
 from engine.pages import PagePool
 from engine.prefix import Key
-from engine.sequence import Job, Slice
+from engine.sequence import Job, Sequence, Slice
 from placement.cost import CostModel, StepShape, step_times
 from placement.events import Rank, Timeline
 from placement.host import Host
@@ -47,6 +47,19 @@ class Listener(Protocol):
     def first_token(self, replica: Replica, request_id: str, now_s: float) -> None: ...
     def finished(self, replica: Replica, request_id: str, now_s: float) -> None: ...
     def freed(self, replica: Replica) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step under way. ``decodes`` are only there where it is no step of ``slices`` alone: when fast."""
+
+    decodes: list[Sequence]
+    slices: tuple[Slice, ...]
+
+    def shape(self) -> StepShape:
+        contexts = [sequence.known for sequence in self.decodes]
+        contexts += [part.start + part.count for part in self.slices if part.decode]
+        return StepShape(tuple((part.start, part.count) for part in self.slices if not part.decode), tuple(contexts))
 
 
 @dataclass(slots=True)
@@ -88,9 +101,8 @@ class Replica:
         self._timeline, self._listener, self._fast = timeline, listener, fast
         self._host, self._computing = host, False
         self._decode_ends_s = step_times(cost)
-        self._full_at: dict[str, int] = {}  # request -> prompt and output tokens at its end
         self._version = 0
-        self._step: tuple[Slice, ...] | None = None
+        self._step: _Step | None = None
         self._run: _Run | None = None
         self._ending = False
         self._started_s = self._ends_s = 0.0  # of the step under way
@@ -102,14 +114,12 @@ class Replica:
         """Queues ``job``; raises as the scheduler does."""
         self.settle()
         self.scheduler.add(job, self._timeline.now_s)
-        self._full_at[job.request_id] = job.prompt_tokens + job.max_tokens
         self.wake()
 
     def reserve(self, job: Job) -> None:
         """Takes the pages of ``job``'s prompt; raises as the scheduler does."""
         self.settle()
         self.scheduler.reserve(job, self._timeline.now_s)
-        self._full_at[job.request_id] = job.prompt_tokens + job.max_tokens
         self.handoffs += 1
         run = self._run
         if run is not None and self.pool.free < self.scheduler.running * (2 + len(run.ends_s) // self.pool.page_tokens):
@@ -134,7 +144,6 @@ class Replica:
     def release(self, request_id: str) -> None:
         """Frees a sequence whose step is not under way (held pages, lost reservations)."""
         self.settle()
-        self._full_at.pop(request_id, None)
         if self.scheduler.release(request_id):
             self._listener.freed(self)
             self.wake()
@@ -225,13 +234,13 @@ class Replica:
             self._begin_run(run, now_s)
             return
         self.scheduler.mixed_tokens = self.meters.mixed_tokens
-        step = self.scheduler.schedule(now_s)
-        if not step:
+        step = _Step(*self.scheduler.mixed(now_s)) if self._fast else _Step([], self.scheduler.schedule(now_s))
+        if not (step.decodes or step.slices):
             self._rest()
             return
         self._compute()
         self._step, self._started_s = step, now_s
-        self._ends_s = self._end_s(step, now_s)
+        self._ends_s = self._end_s(step.shape(), now_s)
         self._expect(self._ends_s, self._end_step, now_s)
 
     def _compute(self) -> None:
@@ -254,23 +263,24 @@ class Replica:
 
         self._timeline.at(time_s, Rank.STEP, fire)
 
-    def _end_s(self, step: tuple[Slice, ...], now_s: float) -> float:
-        chunks = tuple((part.start, part.count) for part in step if not part.decode)
-        contexts = tuple(part.start + part.count for part in step if part.decode)
-        if not chunks:
-            return self._decode_ends_s(contexts, now_s, 1, self._host.factor)[0]
-        return now_s + self._host.factor * self.cost.step_s(StepShape(chunks, contexts))
+    def _end_s(self, shape: StepShape, now_s: float) -> float:
+        if not shape.chunks:
+            return self._decode_ends_s(shape.contexts, now_s, 1, self._host.factor)[0]
+        return now_s + self._host.factor * self.cost.step_s(shape)
 
     def _end_step(self, started_s: float) -> None:
         now_s = self._timeline.now_s
-        step, self._step = self._step or (), None
+        step, self._step = cast(_Step, self._step), None
         self._account(started_s, now_s, 1)
-        decodes = sum(part.decode for part in step)
-        prompts = sum(part.count for part in step if not part.decode)
-        self.meters.stepped(decodes, prompts, now_s - started_s)
-        self.scheduler.advance(step, now_s)
+        prompts = [part.count for part in step.slices if not part.decode]
+        decodes = len(step.decodes) + len(step.slices) - len(prompts)
+        self.meters.stepped(decodes, sum(prompts), now_s - started_s)
+        full = self.scheduler.give(step.decodes, now_s)
+        self.scheduler.advance(step.slices, now_s)
         self._ending = True
-        for part in step:
+        for request_id in full:
+            self._finish(request_id, now_s)
+        for part in step.slices:
             if part.samples:
                 self._sampled(part, now_s)
         self._next(now_s)
@@ -281,12 +291,11 @@ class Replica:
             return
         if not part.decode:
             self._listener.first_token(self, part.request_id, now_s)
-        if part.start + part.count + 1 >= self._full_at[part.request_id]:
+        if self.scheduler.full(part.request_id):
             self._finish(part.request_id, now_s)
 
     def _finish(self, request_id: str, now_s: float) -> None:
         self.scheduler.release(request_id)
-        del self._full_at[request_id]
         self._listener.finished(self, request_id, now_s)
         self._listener.freed(self)
 

@@ -33,9 +33,21 @@ class _Seen:
     tokens: int = 0
     prompts: int = 0  # of these, tokens to be computed
     handoffs: PromptSpeed = field(default_factory=PromptSpeed)  # what streams waited for handoffs to it
+    kept: WorkerView | None = None  # until one of these changes
 
     def view(self, name: str) -> WorkerView:
-        return WorkerView(name, self.load, self.requests, self.tokens, self.prompts, self.handoffs.token_s)
+        if self.kept is None:
+            self.kept = WorkerView(name, self.load, self.requests, self.tokens, self.prompts, self.handoffs.token_s)
+        return self.kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """Of ``workers``, as long as nothing is sent to any of them and the oldest of their loads is young enough."""
+
+    workers: Sequence[Replica]
+    views: tuple[WorkerView, ...]
+    oldest_s: float
 
 
 class RouterView:
@@ -45,6 +57,7 @@ class RouterView:
     def __init__(self, timeline: Timeline, strategy: Strategy, factor: float) -> None:
         self._timeline, self._strategy, self._factor = timeline, strategy, factor
         self._seen: dict[str, _Seen] = {}
+        self._views: dict[Role, _Views] = {}
         self._indexes: dict[Role, PrefixIndex] = {}
         self._turns: Counter[Role] = Counter()
 
@@ -79,7 +92,7 @@ class RouterView:
 
     def sent(self, role: Role, worker: Replica, tokens: int, keys: tuple[int, ...], *, computes: bool) -> None:
         """``worker`` was given the prompt, to compute or only to decode."""
-        seen = self._seen[worker.name]
+        seen = self._changed(role, worker)
         seen.requests += 1
         seen.tokens += tokens
         if computes:
@@ -96,10 +109,16 @@ class RouterView:
 
     def handed_over(self, decode: Replica, tokens: int, exposed_s: float) -> None:
         """A stream waited so long for its handoff to ``decode``."""
-        self._seen[decode.name].handoffs.observe(tokens, exposed_s)
+        self._changed("decode", decode).handoffs.observe(tokens, exposed_s)
 
-    def views(self, role: Role, workers: Sequence[Replica], lines: Lines) -> list[WorkerView]:
-        return [self._view(worker, role, lines) for worker in workers]
+    def views(self, role: Role, workers: Sequence[Replica], lines: Lines) -> tuple[WorkerView, ...]:
+        """The same tuple as before if nothing has changed. ``workers`` must be another list when it holds others."""
+        known = self._views.get(role)
+        if known is None or known.workers is not workers or self._timeline.now_s - known.oldest_s >= LOAD_AGE_S:
+            views = tuple([self._view(worker, role, lines) for worker in workers])
+            oldest_s = min([self._seen[worker.name].at_s for worker in workers], default=self._timeline.now_s)
+            known = self._views[role] = _Views(workers, views, oldest_s)
+        return known.views
 
     def forget(self, worker: Replica) -> None:
         """It is dead, and nobody holds what it held."""
@@ -118,7 +137,14 @@ class RouterView:
             self._hear(worker, role, first=seen is None)
             handoffs = seen.handoffs if seen else PromptSpeed()
             seen = self._seen[worker.name] = _Seen(now_s, load, handoffs=handoffs)
+            self._views.pop(role, None)
         return seen.view(worker.name)
+
+    def _changed(self, role: Role, worker: Replica) -> _Seen:
+        seen = self._seen[worker.name]
+        seen.kept = None
+        self._views.pop(role, None)
+        return seen
 
     def _hear(self, worker: Replica, role: Role, *, first: bool) -> None:
         """The cache events that come with the load."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import assert_never
 
@@ -56,7 +56,7 @@ def simulate(
 class _Flight:
     """One attempt of one request. ``before``: output tokens that earlier attempts delivered."""
 
-    request_id: str
+    index: int  # of the request
     trip: Trip
     before: int
     decode: Replica
@@ -64,10 +64,10 @@ class _Flight:
     local: bool = False  # the decode worker computes the prompt itself
     prefill: Replica | None = None
     landed: bool = False
+    request_id: str = field(init=False)
 
-    @property
-    def index(self) -> int:
-        return int(self.request_id.partition("/")[0])
+    def __post_init__(self) -> None:
+        self.request_id = f"{self.index}/{self.trip.attempts}"
 
     @property
     def prompt_tokens(self) -> int:
@@ -88,6 +88,7 @@ class _Simulation:
         self._pools: dict[Role, list[Replica]] = {"decode": self._workers("decode", cluster.decode)}
         if cluster.prefill is not None:
             self._pools["prefill"] = self._workers("prefill", cluster.prefill)
+        self._staying: dict[Role, list[Replica]] = {}  # of the pools, who takes requests; anew after each change
         self._lines: dict[str, deque[_Flight]] = {}
         self._router = RouterView(self._timeline, cluster.strategy, cluster.affinity_factor)
         self._trips = [Trip(a.at_s, a.prompt_tokens, a.output_tokens) for a in arrivals]
@@ -127,8 +128,8 @@ class _Simulation:
             uncached = self._router.uncached(role, self._able(role), trip.prompt_tokens, self._keys(index, role))
             self._entry.offer(index, uncached_tokens=uncached)
 
-    def seen(self) -> tuple[list[WorkerView], list[WorkerView]]:
-        prefills = self._router.views("prefill", self._able("prefill"), self._lines) if self._cluster.prefill else []
+    def seen(self) -> tuple[Sequence[WorkerView], Sequence[WorkerView]]:
+        prefills = self._router.views("prefill", self._able("prefill"), self._lines) if self._cluster.prefill else ()
         return prefills, self._router.views("decode", self._able("decode"), self._lines)
 
     def admitted(self, number: int) -> None:
@@ -146,7 +147,7 @@ class _Simulation:
         if decode is None or trip.attempts > self._cluster.attempts:
             self._end(index, End.LOST)
             return
-        flight = _Flight(f"{index}/{trip.attempts}", trip, trip.sent, decode, self._timeline.now_s)
+        flight = _Flight(index, trip, trip.sent, decode, self._timeline.now_s)
         flight.local = self._is_local(decode, tokens, index)
         self._flights[flight.request_id] = flight
         if not self._cluster.paired:
@@ -311,7 +312,9 @@ class _Simulation:
         return self._router.prefill(workers, tokens, keys)
 
     def _able(self, role: Role) -> list[Replica]:
-        return [worker for worker in self._pools[role] if worker.alive and not worker.draining]
+        if role not in self._staying:
+            self._staying[role] = [worker for worker in self._pools[role] if worker.alive and not worker.draining]
+        return self._staying[role]
 
     # ---- failures and scaling
 
@@ -322,11 +325,13 @@ class _Simulation:
                 self._kill(pool[change.index], change.role)
             case "return":
                 pool[change.index] = self._worker(change.role, self._spec(change.role))
+                self._staying.clear()
             case "grow":
                 pool.append(self._worker(change.role, self._spec(change.role)))
+                self._staying.clear()
             case "shrink":
-                staying = [worker for worker in pool if worker.alive and not worker.draining]
-                staying[-1].draining = True
+                self._able(change.role)[-1].draining = True
+                self._staying.clear()
             case never:
                 assert_never(never)
 
@@ -338,6 +343,7 @@ class _Simulation:
             if role == "decode" and (flight.landed or flight.local):
                 flight.trip.sent = flight.before + worker.outputs(flight.request_id)
         worker.kill()
+        self._staying.clear()
         self._router.forget(worker)
         self._lines.pop(worker.name, None)
         for flight in lost:

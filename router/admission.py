@@ -132,8 +132,10 @@ class Admission:
             return None
         outlook, claim = self._seen(outlook, now_s), self.waiting[0]
         if not outlook.idle:
+            if outlook.backlog_s > self.lead_s:
+                return None
             free, total = outlook.seats(self._limit_s(claim))
-            if outlook.backlog_s > self.lead_s or free < min(claim.sequences, total):
+            if free < min(claim.sequences, total):
                 return None
         self._begun[claim.number] = self.waiting.pop(0)
         self._begun_sequences += claim.sequences

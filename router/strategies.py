@@ -100,7 +100,10 @@ def predicted_s(workers: Sequence[WorkerView], prompt: Prompt) -> dict[str, floa
 
 def least_ttft(workers: Sequence[WorkerView], prompt: Prompt) -> str:
     """The least predicted TTFT; ties go to the fewest sequences, then to the lower id."""
-    predicted = predicted_s(workers, prompt)
+    return _soonest(workers, predicted_s(workers, prompt))
+
+
+def _soonest(workers: Sequence[WorkerView], predicted: Mapping[str, float]) -> str:
     return min(workers, key=lambda w: (predicted[w.worker_id], w.sequences, w.worker_id)).worker_id
 
 
@@ -112,7 +115,7 @@ def prefix_affinity(workers: Sequence[WorkerView], prompt: Prompt, factor: float
     which leaves room in every cache (ADR 19).
     """
     predicted = predicted_s(workers, prompt)
-    least = least_ttft(workers, prompt)
+    least = _soonest(workers, predicted)
     match = _match(workers, prompt, predicted)
     return match if match is not None and predicted[match] <= factor * predicted[least] else least
 
