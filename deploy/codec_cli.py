@@ -17,7 +17,7 @@ from baton.errors import InvalidRequest
 if TYPE_CHECKING:
     from baton.config import Config
     from baton.layout import KVLayout
-    from kvtransfer.chooser import Ahead, Candidate, Choice, Link, Load, Regime
+    from kvtransfer.chooser import Ahead, Candidate, Choice, Ends, Link, Load, Regime, Speed
 
 MEASURING_S = 10.0  # at most: a second or two, where the machine is free
 _SCALE = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -48,6 +48,9 @@ def explain(
     ] = "0s",
     deadline: Annotated[str | None, typer.Option(help="Time left until everything must have landed.")] = None,
     handoffs: Annotated[int, typer.Option(min=1, help="Handoffs that share encoder, link and decoder.")] = 1,
+    cores: Annotated[
+        float | None, typer.Option(min=0.1, help="Processors of each worker; default: those of this process.")
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML file; see docs/config.md.")] = None,
 ) -> None:
     """Show what every codec would cost for one prompt on one link, which one is chosen, and from where on others are.
@@ -58,6 +61,7 @@ def explain(
     from baton.config_handoff import CODECS
     from kvtransfer.chooser import Ahead, Link, Load
     from kvtransfer.codec_speeds import measure_codecs
+    from kvtransfer.link_probe import measure_ends
     from kvtransfer.protocol import block_tokens
 
     settings = load(config).with_flags({"model.id": model, "handoff.quality_floor": floor})
@@ -73,27 +77,31 @@ def explain(
     ahead = Ahead(tokens * layout.token_bytes, layout.layers * -(-tokens // chunk), 0, hidden_s, slack_s)
     load_ = Load(handoffs, handoffs, handoffs)
     console = Console(highlight=False)
+    ends = measure_ends(settings.handoff.transport, cores)
     console.print(_question(settings, layout, tokens, link, ahead))
-    console.print(answer(candidates, settings.handoff.quality_floor, link, ahead, load_))
+    console.print(answer(candidates, settings.handoff.quality_floor, link, ahead, load_, ends=ends))
+    console.print(_ends(settings.handoff.transport, ends))
 
 
 def answer(
-    candidates: tuple[Candidate, ...], floor: str, link: Link, ahead: Ahead, load: Load
+    candidates: tuple[Candidate, ...], floor: str, link: Link, ahead: Ahead, load: Load, *, ends: Ends
 ) -> RenderableType:  # fmt: skip
     """The table of all ``candidates``, the choice among those within ``floor``, and its break-evens."""
     from baton.config_handoff import codecs_within
     from kvtransfer.chooser import choose, regimes
 
     within = [one for one in candidates if one.name in codecs_within(floor)]
-    choice = choose(within, link, ahead, load)
+    choice = choose(within, link, ahead, load, ends=ends)
     return Group(
-        _table(candidates, choice, link, ahead, load),
+        _table(candidates, choice, link, ahead, load, ends=ends),
         Text(f"\nchosen: {choice.why()}"),
-        Text(f"by bandwidth, with floor {floor}: {_regimes(regimes(within, link.latency_s, ahead, load))}"),
+        Text(f"by bandwidth, with floor {floor}: {_regimes(regimes(within, link.latency_s, ahead, load, ends=ends))}"),
     )
 
 
-def _table(candidates: tuple[Candidate, ...], choice: Choice, link: Link, ahead: Ahead, load: Load) -> Table:
+def _table(
+    candidates: tuple[Candidate, ...], choice: Choice, link: Link, ahead: Ahead, load: Load, *, ends: Ends
+) -> Table:
     from baton.config_handoff import FLOORS
     from kvtransfer.chooser import estimate, pays_below
 
@@ -101,13 +109,16 @@ def _table(candidates: tuple[Candidate, ...], choice: Choice, link: Link, ahead:
     raw = next(one for one in candidates if one.name == "raw")
     table = Table(header_style="bold", pad_edge=False, box=None)
     table.add_column("codec")
-    for heading in ("floor", "ratio", "encode", "wire", "decode", "exposed", "beats raw below"):
+    for heading in ("floor", "ratio", "encode", "wire", "decode", "an end", "exposed", "beats raw"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for one in sorted((estimate(codec, link, ahead, load) for codec in candidates), key=lambda one: one.total_s):
+    for one in sorted(
+        (estimate(codec, link, ahead, load, ends=ends) for codec in candidates), key=lambda one: one.total_s
+    ):
         name = one.codec.name
         picked = name == choice.codec
-        times = [_ms(s) for s in (one.encode_s, one.wire_s, one.decode_s, one.exposed_s)]
-        edge = "" if one.codec is raw else _edge(pays_below(one.codec, raw, link.latency_s, ahead, load))
+        end_s = max(one.sender_s, one.receiver_s)
+        times = [_ms(s) for s in (one.encode_s, one.wire_s, one.decode_s, end_s, one.exposed_s)]
+        edge = "" if one.codec is raw else _edge(pays_below(one.codec, raw, link.latency_s, ahead, load, ends=ends))
         table.add_row(
             f"{'>' if picked else ' '} {name}", FLOORS[one.codec.loss], f"{one.codec.ratio:.2f}x", *times, edge,
             style="bold" if picked else "" if name in allowed else "dim",
@@ -129,6 +140,17 @@ def _question(settings: Config, layout: KVLayout, tokens: int, link: Link, ahead
         f"{ahead.blocks:,} blocks; link {_rate(link.bytes_per_s)}, {_ms(link.latency_s)} a fetch{hidden}; "
         f"quality floor {settings.handoff.quality_floor}\n"
     )
+
+
+def _ends(transport: str, ends: Ends) -> Text:
+    def each(work: Speed) -> str:
+        return f"{_ms(work.block_s)} a fetch and {1e9 / work.bytes_per_s:.2f} ns a byte"
+
+    moving = f"with sending ({each(ends.send)}) and fetching ({each(ends.fetch)})"
+    if transport != "tcp":
+        moving = f"without moving bytes: what that takes them over {transport}, workers see when they do it"
+    count = f"{ends.sender_cores:g} processor{'' if ends.sender_cores == 1 else 's'}"
+    return Text(f"an end: what the {count} of the busier end have to do, {moving}; raw is beaten below the last column")
 
 
 def _layout(settings: Config) -> KVLayout:

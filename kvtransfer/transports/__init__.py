@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from baton.config_handoff import TlsConfig
 from baton.errors import BatonError, ConfigError
 from kvtransfer.arena import HostMemory
+from kvtransfer.chooser import Speed
 
 if TYPE_CHECKING:  # it imports torch.distributed
     from kvtransfer.transports.collective import Backend
@@ -34,14 +35,21 @@ class Exporter(Protocol):
     def address(self) -> bytes:
         """Where a :class:`Fetcher` of the same transport finds this memory."""
 
+    def sending(self) -> Speed | None:
+        """Processor seconds that a fetch takes this process, and bytes in one; None where it takes none, or before the
+        first, or where a library does it unseen."""
+
     def close(self) -> None: ...
 
 
 class Source(Protocol):
     """One peer's exported memory, as the active side sees it. ``fetch`` is for one thread, the rest for any."""
 
-    def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> None:
-        """Copies ``nbytes`` from the peer's ``offset`` to ``at`` of the landing memory; raises :class:`FetchLost`."""
+    def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> float:
+        """Copies ``nbytes`` from the peer's ``offset`` to ``at`` of the landing memory; raises :class:`FetchLost`.
+
+        Seconds that the peer, as far as it says, waited for a processor since it served the fetch before.
+        """
 
     def carrier(self) -> str:
         """What really moves the bytes ("cma/memory (intra-node, zero-copy)"); before the first fetch maybe less."""

@@ -5,7 +5,8 @@ A group of two is formed for every pair of workers when the fetching one connect
 members never change, and when one dies the group is broken for good. A worker that comes back is a new connection and
 so a new group. Requests, refusals and the rendezvous travel on the connection; only the bytes go through the group.
 
-    request   u64 offset, u64 length, u32 ms until the fetcher gives up, MAC     answer   u64 length or 0: refused
+    request   u64 offset, u64 length, u32 ms until the fetcher gives up, MAC
+    answer    u64 length or 0: refused, u64 ns that the exporter's thread waited for a processor
 
 A fetch lands in a bounce buffer of the source's own, on the group's device, and is copied from there: no library
 promises anything about a receive that was given up, so no landing range is ever given to one. Where that device is a
@@ -30,7 +31,10 @@ from torch._C._distributed_c10d import Store
 
 from baton.config_handoff import TlsConfig
 from baton.errors import ConfigError
+from kvtransfer import processor
 from kvtransfer.arena import HostMemory
+from kvtransfer.chooser import Speed
+from kvtransfer.link_meter import WorkMeter
 from kvtransfer.transports import FetchLost, check_range
 from kvtransfer.transports.data_port import DataPort, cut, dial, receive
 from kvtransfer.transports.proof import MAC_BYTES, Proof
@@ -38,7 +42,7 @@ from kvtransfer.transports.proof import MAC_BYTES, Proof
 log = logging.getLogger(__name__)
 
 _REQUEST = struct.Struct("<QQI")
-_ANSWER = struct.Struct("<Q")
+_ANSWER = struct.Struct("<QQ")
 _ENTRY = struct.Struct("<HI")
 _MAX_ENTRIES, _MAX_KEY_BYTES, _MAX_VALUE_BYTES = 64, 1024, 64 << 10
 EXPORTER, FETCHER = 0, 1  # ranks
@@ -147,12 +151,17 @@ class CollectiveExporter:
 
     def __init__(self, memory: HostMemory, backend: Backend, *, host: str) -> None:
         self._memory, self._backend = memory, backend
+        self._work = WorkMeter()
         self._port = DataPort(self._serve, exported=memory.nbytes, host=host, tls=TlsConfig())
 
     def address(self) -> bytes:
         return self._port.address
 
+    def sending(self) -> Speed | None:
+        return self._work.cost()
+
     def _serve(self, reader: socket.socket, proof: Proof) -> None:
+        waited_s = processor.waited_s()
         with contextlib.ExitStack() as leaving:
             try:
                 reader.settimeout(FORM_S)
@@ -164,19 +173,25 @@ class CollectiveExporter:
                     request = receive(reader, _REQUEST.size + MAC_BYTES, None)
                     offset, nbytes, limit_ms = _REQUEST.unpack(proof.checked(request))
                     reader.settimeout(_MOST_SEND_S)
-                    self._answer(reader, group, offset, nbytes, min(limit_ms / 1000, _MOST_SEND_S))
+                    before_s, waited_s = waited_s, processor.waited_s()
+                    limit_s = min(limit_ms / 1000, _MOST_SEND_S)
+                    self._answer(reader, group, (offset, nbytes), limit_s, int(1e9 * (waited_s - before_s)))
             except RuntimeError as error:
                 log.info("kv export: a group of two over %s is broken: %s", self._backend.name, error)
 
-    def _answer(self, reader: socket.socket, group: Group, offset: int, nbytes: int, limit_s: float) -> None:
+    def _answer(
+        self, reader: socket.socket, group: Group, wanted: tuple[int, int], limit_s: float, waited_ns: int
+    ) -> None:
+        offset, nbytes = wanted
         if nbytes == 0 or limit_s <= 0 or offset + nbytes > self._memory.nbytes:
-            reader.sendall(_ANSWER.pack(0))
+            reader.sendall(_ANSWER.pack(0, waited_ns))
             return
-        reader.sendall(_ANSWER.pack(nbytes))
-        deadline = time.monotonic() + limit_s
+        began_s, deadline = time.thread_time(), time.monotonic() + limit_s
+        reader.sendall(_ANSWER.pack(nbytes, waited_ns))
         for at in range(offset, offset + nbytes, PIECE_BYTES):
             piece = self._memory.view(at, min(PIECE_BYTES, offset + nbytes - at))
             group.send(torch.frombuffer(piece, dtype=torch.uint8).to(group.device), deadline)  # a CPU's is itself
+        self._work.took(nbytes, time.thread_time() - began_s)
 
     def close(self) -> None:
         self._port.close()
@@ -212,7 +227,7 @@ class CollectiveSource:
         self._group: Group | None = group
         self._bounce = torch.empty(0, dtype=torch.uint8, device=group.device)
 
-    def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> None:
+    def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> float:
         check_range(offset, nbytes, self._exported)
         deadline = time.monotonic() + deadline_s
         try:
@@ -221,7 +236,8 @@ class CollectiveSource:
             self._sock.settimeout(deadline_s)
             request = _REQUEST.pack(offset, nbytes, min(int(deadline_s * 1000), 1 << 31))
             self._sock.sendall(self._proof.signed(request))
-            if _ANSWER.unpack(receive(self._sock, _ANSWER.size, deadline))[0] != nbytes:
+            answered, waited_ns = _ANSWER.unpack(receive(self._sock, _ANSWER.size, deadline))
+            if answered != nbytes:
                 raise ConnectionResetError("the peer refused the range")
             with self._group.lane():
                 for done in range(0, nbytes, PIECE_BYTES):
@@ -229,6 +245,7 @@ class CollectiveSource:
         except (OSError, RuntimeError) as error:
             self.close()
             raise FetchLost(f"{self._name} fetch of {nbytes} bytes: {error}") from None
+        return float(waited_ns) * 1e-9
 
     def _piece(self, group: Group, at: int, nbytes: int, deadline: float) -> None:
         if len(self._bounce) < nbytes:

@@ -21,6 +21,9 @@ class LoopbackExporter:
     def address(self) -> bytes:
         return self._token
 
+    def sending(self) -> None:
+        return None
+
     def close(self) -> None:
         with _lock:
             _exports.pop(self._token, None)
@@ -51,10 +54,11 @@ class LoopbackSource:
             raise FetchLost("the exporter is closed")
         return memory
 
-    def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> None:
+    def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> float:
         memory = self.exported()
         check_range(offset, nbytes, memory.nbytes)
         self._landing.view(at, nbytes)[:] = memory.view(offset, nbytes)
+        return 0.0
 
     def carrier(self) -> str:
         return "a copy within one process"

@@ -151,6 +151,9 @@ class NixlExporter:
     def address(self) -> bytes:
         return self._address
 
+    def sending(self) -> None:
+        return None  # by CMA it is the fetcher's processor that copies; what UCX's own threads do is not seen
+
     def close(self) -> None:
         self._agent.close()
 
@@ -205,7 +208,7 @@ class NixlSource:
         self._left = False
         self._carrier = ""
 
-    def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> None:
+    def fetch(self, offset: int, nbytes: int, at: int, deadline_s: float) -> float:
         check_range(offset, nbytes, self._exported)
         if self._interrupted:
             raise FetchLost("interrupted")
@@ -221,6 +224,7 @@ class NixlSource:
             time.sleep(pause_s)
             if now - begun > _QUICK_S:
                 pause_s = min(_POLL_MOST_S, pause_s * 1.5)
+        return 0.0
 
     def carrier(self) -> str:
         self._carrier = self._carrier or describe(ucx_paths(), self._agent.name)  # once known: it is asked per handoff

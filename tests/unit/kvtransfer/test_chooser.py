@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from kvtransfer.chooser import Ahead, Candidate, Link, Load, Regime, Speed, choose, estimate, pays_below, regimes
+from kvtransfer.chooser import Ahead, Candidate, Ends, Link, Load, Regime, Speed, choose, estimate, pays_below, regimes
 
 FREE = Speed(0.0, 1e12)
 RAW = Candidate("raw", 1.0, FREE, FREE)
@@ -64,6 +64,44 @@ def test_raw_on_a_fast_link_and_compressed_on_a_slow_one():
     assert choose([RAW, HALF], FAST, TEN_MB).codec == "raw"
     assert choose([RAW, HALF], GIGABIT, TEN_MB).codec == "lossless"
     assert choose([RAW, HALF, INT8], GIGABIT, TEN_MB).codec == "int8"
+
+
+def test_blocks_that_are_encoded_quickly_share_fetches():
+    slow, quick = (dataclasses.replace(HALF, encode=Speed(0.0, rate)) for rate in (1e9, 4e9))  # 1 and 0.25 ms a block
+    together = dataclasses.replace(TEN_MB, together_s=1.1e-3)
+    link = Link(1e9, 1e-3)
+    assert estimate(slow, link, together, Load()).wire_s == pytest.approx(10e-3 + 5e-3)
+    one = estimate(quick, link, together, Load())
+    assert one.wire_s == pytest.approx(3e-3 + 5e-3)  # fetches of four, four and two
+    assert one.total_s == pytest.approx((2.5e-3 + 8e-3 + 5e-3) / 3 + 8e-3 * 2 / 3)
+
+
+def test_an_end_with_one_core_does_its_stages_one_after_the_other():
+    ends = Ends(send=Speed(0.0, 1e9), fetch=Speed(1e-3, 1e9), sender_cores=1.0, receiver_cores=1.0)
+    one = estimate(HALF, FAST, TEN_MB, Load(), ends=ends)
+    assert one.sender_s == pytest.approx(10e-3 + 5e-3)  # to encode 10 MB, and to send 5
+    assert one.receiver_s == pytest.approx(5e-3 + 10 * 1e-3 + 5e-3)  # to decode them, ten fetches, and 5 MB of them
+    assert one.total_s == pytest.approx((10e-3 + 0.5e-3 + 5e-3) / 10 + 0.9 * 20e-3)
+    assert one.bottleneck == "work of the receiver"
+    two = estimate(HALF, FAST, TEN_MB, Load(), ends=dataclasses.replace(ends, sender_cores=2.0, receiver_cores=2.0))
+    assert two.total_s == pytest.approx(1.55e-3 + 0.9 * 10e-3)  # encoding alone takes as long
+
+
+def test_what_waits_already_is_work_for_both_ends_too():
+    ends = Ends(send=Speed(0.0, 1e9), fetch=Speed(0.0, 1e8), sender_cores=1.0, receiver_cores=2.0)
+    behind = dataclasses.replace(TEN_MB, backlog_bytes=100_000_000)
+    some, more = (estimate(HALF, FAST, ahead, Load(), ends=ends).total_s for ahead in (TEN_MB, behind))
+    assert more - some == pytest.approx(0.5, rel=0.01)  # a second of the receiver's processors, of which it has two
+
+
+def test_one_core_prefers_raw_where_compressing_is_more_work_than_sending():
+    ends = Ends(send=Speed(0.0, 1e9), fetch=Speed(0.0, 1e9), sender_cores=1.0, receiver_cores=1.0)
+    link = Link(0.8e9, 0.0)
+    assert choose([RAW, HALF], link, TEN_MB).codec == "lossless"
+    choice = choose([RAW, HALF], link, TEN_MB, ends=ends)
+    assert choice.codec == "raw"
+    assert choice.why().endswith("next is lossless with 15.6 ms, most of it work of the sender")
+    assert choose([RAW, HALF], GIGABIT, TEN_MB, ends=ends).codec == "lossless"
 
 
 def test_compressing_does_not_pay_where_the_encoder_is_shared():

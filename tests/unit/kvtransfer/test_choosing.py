@@ -77,9 +77,10 @@ async def pair(request, monkeypatch):
     fetch = LoopbackSource.fetch
 
     def throttled(source, offset, nbytes, at, deadline_s):
-        fetch(source, offset, nbytes, at, deadline_s)
+        waited_s = fetch(source, offset, nbytes, at, deadline_s)
         if link["bytes_per_s"]:
             time.sleep(nbytes / link["bytes_per_s"])
+        return waited_s
 
     monkeypatch.setattr(LoopbackSource, "fetch", throttled)
     config = HandoffConfig(
