@@ -74,7 +74,7 @@ class Unbounded:
 class Separate(Trial):
     """simdistserve's criterion: each target met by its own 90 % of requests. Times are unit gaps over the rate."""
 
-    def run(self, cluster: Cluster, rate: float, *, give_up: bool = False) -> Outcome:
+    def run(self, cluster: Cluster, rate: float, *, decide: bool = False) -> Outcome:
         return simulate(cluster, self.workload.in_time(1 / rate).arrivals)
 
     def shortened(self, guess: float) -> Trial:

@@ -21,7 +21,7 @@ class Holdings:
     def fits(self, sequence: Sequence, victims: Collection[Sequence] = ()) -> bool:
         """Whether there would be pages for all known tokens of ``sequence`` if ``victims`` had given theirs back."""
         shared, _ = self._hits(sequence)
-        gone = self.pool.freed_by(victim.pages for victim in victims)
+        gone = self.pool.freed_by(victim.pages for victim in victims) if victims else set[int]()
         fresh = self.pool.pages_for(sequence.known) - len(shared)
         return fresh + self.pool.idle_among(shared) + len(gone.intersection(shared)) <= self.pool.free + len(gone)
 

@@ -144,10 +144,12 @@ class Scheduler:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
-        queues = {Phase.WAITING: self._waiting, Phase.READY: self._ready, Phase.RUNNING: self._running}
-        queue = queues.get(sequence.phase)
-        if queue is not None:
-            queue.remove(sequence)
+        if sequence.phase is Phase.RUNNING:
+            self._running.remove(sequence)
+        elif sequence.phase is Phase.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.phase is Phase.READY:
+            self._ready.remove(sequence)
         self.holdings.leave(sequence)
         return True
 

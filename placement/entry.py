@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from baton.config_admission import AdmissionConfig
@@ -56,6 +56,7 @@ class Entry:
         self._learner = Learner()
         self._turns: dict[int, _Turn] = {}
         self._ticking = False
+        self._known: tuple[Sequence[WorkerView], Sequence[WorkerView], Outlook] | None = None
 
     def offer(self, number: int, *, uncached_tokens: int) -> None:
         """A request came. ``admitted`` or ``refused`` is called for it now or later."""
@@ -133,5 +134,12 @@ class Entry:
             self._workers.refused(one.claim.number)
 
     def _outlook(self) -> Outlook:
+        """The same as before while nobody's view and nothing learned has changed."""
         prefills, decodes = self._workers.seen()
-        return outlook(prefills, decodes, self._learner.at(self._timeline.now_s))
+        learned, known = self._learner.at(self._timeline.now_s), self._known
+        if known is None or known[0] is not prefills or known[1] is not decodes:
+            seen = outlook(prefills, decodes, learned)
+        else:
+            seen = known[2] if known[2].learned == learned else replace(known[2], learned=learned)
+        self._known = prefills, decodes, seen
+        return seen

@@ -64,16 +64,16 @@ class Trial:
         """The same trial without the requests that it does not use: less to hand to other processes."""
         return replace(self, workload=self.workload.lasting(self.requests))
 
-    def run(self, cluster: Cluster, rate: float, *, give_up: bool = False) -> Outcome:
+    def run(self, cluster: Cluster, rate: float, *, decide: bool = False) -> Outcome:
         arrivals = self.workload.lasting(self.requests).at_rate(rate).arrivals
         block_tokens = self.workload.block_tokens
-        return simulate(cluster, arrivals, block_tokens=block_tokens, give_up=self.slo if give_up else None)
+        return simulate(cluster, arrivals, block_tokens=block_tokens, decide=self.slo if decide else None)
 
     def meets(self, cluster: Cluster, rate: float) -> bool:
         """Whether the SLO is attained; no where the trial has too few requests to show it."""
         if self.requests / rate < SHORTEST_S:
             return False
-        outcome = self.run(cluster, rate, give_up=True)
+        outcome = self.run(cluster, rate, decide=True)
         return not outcome.gave_up and outcome.attainment(self.slo).joint >= self.slo.attainment - 1e-12
 
     def of_prefill(self) -> Trial:

@@ -84,8 +84,8 @@ class RouterView:
     ) -> bool:
         """Whether ``decode`` computes the prompt itself; ``keys``: by role, whose pages may differ in size."""
         there = self._prompt("prefill", prefills, tokens, keys["prefill"]) if prefills else Prompt(tokens)
-        here = self._prompt("decode", [decode], tokens, keys["decode"])
         best = self._best_prefill(prefills, there)
+        here = self._prompt("decode", [decode], tokens, keys["decode"]) if keys["decode"] else Prompt(tokens)
         prompt = Prompt(tokens, {**there.held, **here.held})
         remote = self._view(best, "prefill", lines) if best is not None else None
         return policy.prefers_local(self._view(decode, "decode", lines), remote, prompt)
@@ -96,7 +96,7 @@ class RouterView:
         seen.requests += 1
         seen.tokens += tokens
         if computes:
-            seen.prompts += self._prompt(role, [worker], tokens, keys).uncached(worker.name)
+            seen.prompts += self.uncached(role, [worker], tokens, keys)
             if keys:
                 self._index(role, worker).expect(worker.name, keys, self._timeline.now_s)
 
@@ -127,8 +127,7 @@ class RouterView:
 
     def _best_prefill(self, workers: Sequence[Replica], prompt: Prompt) -> Replica | None:
         views = self.views("prefill", workers, {})
-        turn = Prompt(prompt.tokens, prompt.held, prompt.first, turn=self._turns["prefill"])
-        return _named(workers, strategies.choose_prefill(self._strategy, views, turn, factor=self._factor))
+        return _named(workers, strategies.choose_prefill(self._strategy, views, prompt, factor=self._factor))
 
     def _view(self, worker: Replica, role: Role, lines: Lines) -> WorkerView:
         seen, now_s = self._seen.get(worker.name), self._timeline.now_s

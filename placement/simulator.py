@@ -40,16 +40,16 @@ def simulate(
     *,
     changes: Iterable[Change] = (),
     block_tokens: int = 0,
-    give_up: Slo | None = None,
+    decide: Slo | None = None,
     fast: bool = True,
 ) -> Outcome:
     """Runs ``arrivals`` through ``cluster`` to the end of the last request.
 
     block_tokens: tokens of each of the arrivals' blocks, by which workers cache prefixes; 0: they cache nothing.
-    With ``give_up`` it stops as soon as so many requests have missed that this SLO's attainment is out of reach.
+    With ``decide`` it stops as soon as it is certain whether this SLO's attainment is reached.
     ``fast=False`` takes every decode step through the scheduler: the same results, slower.
     """
-    return _Simulation(cluster, arrivals, block_tokens, fast).run(changes, give_up)
+    return _Simulation(cluster, arrivals, block_tokens, fast).run(changes, decide)
 
 
 @dataclass(slots=True)
@@ -95,19 +95,20 @@ class _Simulation:
         self._flights: dict[str, _Flight] = {}
         self._entry = Entry(cluster.admission, self._timeline, self) if cluster.admission else None
         self._inflight = 0
-        self._give_up: Slo | None = None
-        self._missed = 0
+        self._slo: Slo | None = None
+        self._missed = self._met = 0
 
-    def run(self, changes: Iterable[Change], give_up: Slo | None) -> Outcome:
-        self._give_up = give_up
-        allowed = len(self._trips) * (1 - give_up.attainment) if give_up else float("inf")
+    def run(self, changes: Iterable[Change], decide: Slo | None) -> Outcome:
+        self._slo = decide
+        wanted = len(self._trips) * decide.attainment - 1e-9 if decide else float("inf")
+        allowed = len(self._trips) - wanted if decide else float("inf")
         for change in changes:
             self._timeline.at(change.at_s, Rank.CHANGE, partial(self._change, change))
         self._expect_arrival(0)
-        while self._missed <= allowed + 1e-9 and self._timeline.step():
+        while self._missed <= allowed and self._met < wanted and self._timeline.step():
             pass
         uses = {worker.name: worker.use() for worker in self._made}
-        return Outcome(self._trips, self._timeline.now_s, uses, gave_up=self._missed > allowed + 1e-9)
+        return Outcome(self._trips, self._timeline.now_s, uses, gave_up=self._missed > allowed)
 
     # ---- a request's way
 
@@ -264,15 +265,16 @@ class _Simulation:
             trip.first_token_s = now_s
             if self._entry is not None:
                 self._entry.first_token(flight.index)
-            if self._give_up and trip.ttft_s > self._give_up.ttft_s:
+            if self._slo and trip.ttft_s > self._slo.ttft_s:
                 self._missed += 1
         trip.sent += 1
 
     def _finish(self, flight: _Flight, now_s: float) -> None:
-        trip, slo = flight.trip, self._give_up
+        trip, slo = flight.trip, self._slo
         trip.last_token_s, trip.sent, trip.end = now_s, trip.output_tokens, End.FINISHED
-        if slo and trip.ttft_s <= slo.ttft_s and trip.tpot_s > slo.tpot_s:
-            self._missed += 1
+        if slo and trip.ttft_s <= slo.ttft_s:
+            in_time = trip.tpot_s <= slo.tpot_s
+            self._met, self._missed = self._met + in_time, self._missed + (not in_time)
         del self._flights[flight.request_id]
         self._leave(flight.index)
 
@@ -282,7 +284,7 @@ class _Simulation:
 
     def _end(self, index: int, end: End) -> None:
         """Without having been served."""
-        trip, slo = self._trips[index], self._give_up
+        trip, slo = self._trips[index], self._slo
         trip.end = end
         if not (slo and trip.sent and trip.ttft_s > slo.ttft_s):  # else it was counted at its first token
             self._missed += 1

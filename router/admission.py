@@ -87,6 +87,7 @@ class Admission:
     _promised: Counter[float] = field(default_factory=Counter)  # TPOTs of those, each so often
     _unanswered: dict[int, _Sent] = field(default_factory=dict)  # of these, without a first token yet; oldest first
     _answered_s: float = -math.inf  # when the last first token came
+    _last_seen: tuple[Outlook, float, Outlook] | None = None  # what _seen said of which outlook and when
 
     # ---- the life of a claim
 
@@ -142,6 +143,7 @@ class Admission:
         self._promised[claim.tpot_s] += 1
         expected_s = Timeline(outlook).first_token_s(claim.prompt_tokens, claim.sequences, math.inf)
         self._unanswered[claim.number] = _Sent(claim, now_s, now_s + (expected_s or math.inf))
+        self._last_seen = None
         return claim
 
     @property
@@ -153,15 +155,19 @@ class Admission:
         """Its first token is there."""
         self._unanswered.pop(claim.number, None)
         self._answered_s = now_s
+        self._last_seen = None
 
     def leave(self, claim: Claim) -> None:
         """It ended, or its client left; wherever it was."""
         if self._begun.pop(claim.number, None) is not None:
             self._begun_sequences -= claim.sequences
             self._promised[claim.tpot_s] -= 1
-            self._promised += Counter()  # without those that nobody was promised any more
+            if not self._promised[claim.tpot_s]:
+                del self._promised[claim.tpot_s]
+        else:
+            self.waiting = _without(self.waiting, [claim])
         self._unanswered.pop(claim.number, None)
-        self.waiting = _without(self.waiting, [claim])
+        self._last_seen = None
 
     # ---- predictions
 
@@ -204,20 +210,24 @@ class Admission:
 
     def _seen(self, outlook: Outlook, now_s: float) -> Outlook:
         """``outlook`` with what was sent from here, what became of it since, and for how long nothing has come back."""
+        if (last := self._last_seen) is not None and last[0] is outlook and last[1] == now_s:
+            return last[2]
         sent = list(self._unanswered.values())
         progress_s = stalled_s = 0.0
         if sent:
             oldest = sent[0]
             since_s = max(0.0, now_s - max(self._answered_s, oldest.sent_s))
             progress_s = min(since_s, oldest.claim.prompt_tokens * outlook.token_s)
-            stalled_s = max(0.0, now_s - max(self._answered_s, min(one.expected_s for one in sent)))
-        return replace(
+            stalled_s = max(0.0, now_s - max(self._answered_s, min([one.expected_s for one in sent])))
+        seen = replace(
             outlook,
-            own_tokens=sum(one.claim.prompt_tokens for one in sent),
+            own_tokens=sum([one.claim.prompt_tokens for one in sent]),
             own_sequences=self._begun_sequences,
             progress_s=progress_s,
             stalled_s=stalled_s,
         )
+        self._last_seen = outlook, now_s, seen
+        return seen
 
     @property
     def _strictest_s(self) -> float:

@@ -113,14 +113,19 @@ def test_a_grown_pool_shares_the_load() -> None:
     assert grown.percentiles(0.9)[0] < alone.percentiles(0.9)[0]
 
 
-def test_giving_up_needs_a_certain_miss() -> None:
+def test_it_stops_as_soon_as_the_slo_is_decided() -> None:
     arrivals = [Arrival(0.001 * n, 1000, 5) for n in range(100)]
     cluster = Cluster(Pool(COST, 1, EngineLimits(step_tokens=1000)))
     slo = Slo(ttft_s=2.0, tpot_s=10.0)
-    stopped, whole = simulate(cluster, arrivals, give_up=slo), simulate(cluster, arrivals)
+    stopped, whole = simulate(cluster, arrivals, decide=slo), simulate(cluster, arrivals)
     assert stopped.gave_up
     assert stopped.finished_s < whole.finished_s
     assert whole.attainment(slo).joint < 0.9
+    easy = Slo(ttft_s=2 * max(trip.ttft_s for trip in whole.trips), tpot_s=10.0)
+    decided = simulate(cluster, arrivals, decide=easy)
+    assert not decided.gave_up
+    assert decided.attainment(easy).joint == pytest.approx(0.9)
+    assert decided.finished_s < whole.finished_s
 
 
 def test_a_pipeline_keeps_as_many_batches_in_flight_as_it_has_stages() -> None:
