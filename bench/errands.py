@@ -1,32 +1,36 @@
 """What a request costs beside its steps: CPU of the router, the ingress, Ray, this client, encoding and landing.
 
 On a machine of many cores nobody notices; on a small one the engines get what this leaves. It is measured before any
-load, by requests that come one at a time, so that a prediction may use it.
+load, by requests that come two at a time, so that a prediction may use it. So is, by single ones, how much later than
+its prefill ends a first token is here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.wire import inference_pb2 as pb
 from bench import load, machine, workload
-from bench.stats import OK
+from bench.stats import OK, Record
 
 PROMPT_TOKENS = 128
 OUTPUTS = (2, 34)  # tokens: what the longer ones cost more is their tokens'
-REQUESTS = 6  # of each
+TOGETHER = 2  # a core that has something to do anyway serves a wake-up for less
+ROUNDS = 6
 TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Errands:
-    """CPU seconds beside the engines' own: of a request, and of each of its output tokens."""
+    """CPU seconds beside the engines' own: of a request, and of each of its output tokens. ``first_s``: see above."""
 
     request_s: float
     token_s: float
+    first_s: float
 
     def cores(self, rate_per_s: float, output_tokens: float) -> float:
         """In use at that rate of requests with so many tokens each."""
@@ -37,24 +41,30 @@ async def measure(target: load.Target, model: pb.Model, rest: machine.Cores) -> 
     """``rest``: what is in use without requests. Raises RuntimeError when a request fails."""
     ends = set(model.eos_token_ids)
     allowed = [token for token in range(model.vocab_size) if token not in ends]
-    await _seconds(target, allowed, OUTPUTS[0], rest)  # connections, first uses
-    short_s, long_s = [await _seconds(target, allowed, output, rest) for output in OUTPUTS]
+    _, single = await _some(target, allowed, OUTPUTS[0], rest, together=1)
+    first_s = statistics.median(one.ttft_s - one.stages["queue"] - one.stages["prefill"] for one in single)
+    short_s, long_s = [(await _some(target, allowed, output, rest, together=TOGETHER))[0] for output in OUTPUTS]
     token_s = max(0.0, (long_s - short_s) / (OUTPUTS[1] - OUTPUTS[0]))
-    return Errands(max(0.0, short_s - OUTPUTS[0] * token_s), token_s)
+    return Errands(max(0.0, short_s - OUTPUTS[0] * token_s), token_s, first_s)
 
 
-async def _seconds(target: load.Target, allowed: Sequence[int], output: int, rest: machine.Cores) -> float:
-    """CPU seconds a request beside the engines and what is in use anyway."""
-    loop, rng = asyncio.get_running_loop(), random.Random()
+async def _some(
+    target: load.Target, allowed: Sequence[int], output: int, rest: machine.Cores, *, together: int
+) -> tuple[float, list[Record]]:
+    """CPU seconds a request beside the engines and what is in use anyway; and the requests."""
+    loop, rng, records = asyncio.get_running_loop(), random.Random(), list[Record]()
     started_s, meter = loop.time(), machine.Meter()
-    for index in range(REQUESTS):
-        ids = workload.prompt_ids(index, PROMPT_TOKENS, allowed, rng)
-        sampling = pb.Sampling(temperature=0.0, max_tokens=output, ignore_eos=True)
-        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), sampling=sampling)
-        ask = load.Ask(workload.Planned(0.0, PROMPT_TOKENS, output), request)
+    planned = workload.Planned(0.0, PROMPT_TOKENS, output)
+    sampling = pb.Sampling(temperature=0.0, max_tokens=output, ignore_eos=True)
+    for _ in range(ROUNDS):
+        prompts = [workload.prompt_ids(index, PROMPT_TOKENS, allowed, rng) for index in range(together)]
+        asks = [
+            load.Ask(planned, pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), sampling=sampling)) for ids in prompts
+        ]
         stop = asyncio.Event()
-        (record,) = await load.run(target, [ask], timeout_s=TIMEOUT_S, stop=stop, progress=lambda *_: None)
+        records += await load.run(target, asks, timeout_s=TIMEOUT_S, stop=stop, progress=lambda *_: None)
+    for record in records:
         if record.status != OK:
             raise RuntimeError(f"a request before the load failed: {record.status} {record.message}")
     cores, passed_s = meter.read(), loop.time() - started_s
-    return (cores.busy - cores.engines - (rest.busy - rest.engines)) * passed_s / REQUESTS
+    return (cores.busy - cores.engines - (rest.busy - rest.engines)) * passed_s / len(records), records

@@ -70,8 +70,10 @@ def reality(
 ) -> None:
     """Predicted against measured: every run's requests go through the simulator at the times they were due."""
     known, settings = Profile.load(profile), configs.load(config)
-    rows = [row for path in measured for row in plan_reality.compare(known, json.loads(path.read_text()), settings)]
-    save("plan-reality", {"profile": str(profile), "rows": rows})
+    rows = list(plan_reality.compare(known, [json.loads(path.read_text()) for path in measured], settings))
+    print("\n".join(plan_reality.lines(rows)))
+    save("plan-reality", {"profiled": known.date, "rows": rows})
+    plan_reality.draw(rows, FOLDER / "plan-reality.png")
 
 
 @app.command()

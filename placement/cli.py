@@ -96,10 +96,12 @@ def _space(
 ) -> tuple[Space, dict[str, str]]:
     if profile is not None:
         measured = Profile.load(profile)
-        cost = ProfiledReplica(
-            measured, codec=AUTO, transport=next(iter(measured.wires)), kv_tokens=max(32768, longest)
+        wire, kv_tokens = next(iter(measured.wires)), max(32768, longest)
+        cost, sending = (
+            ProfiledReplica(measured, codec=AUTO, transport=wire, kv_tokens=kv_tokens, sends=sends)
+            for sends in (False, True)
         )
-        return profiled_space(cost, gap_s=gap_s), {"model": measured.model, "hardware": "worker as profiled"}
+        return profiled_space(cost, sending, gap_s=gap_s), {"model": measured.model, "hardware": "worker as profiled"}
     shape, machine = ModelShape.load(model), Hardware.load(hardware)
     kernels = Tables.load(tables) if tables else None
     return gpu_space(shape, machine, kernels, longest=longest, gap_s=gap_s, pipeline=pipeline), {

@@ -26,7 +26,7 @@ from engine.pages import PagePool
 from engine.scheduler import Scheduler
 from engine.sequence import Job, Slice
 from placement.cost import StepShape
-from placement.profile import Observation
+from placement.step_fit import Observation
 
 ROUNDS = 3
 DECODE_STEPS = 4  # of one batch: the first is dropped (cold pages), the median of the others is one measurement

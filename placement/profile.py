@@ -1,53 +1,22 @@
-"""What ``baton profile`` measured on one machine, as a file and as a cost model.
-
-The engine's step has the terms of :mod:`placement.roofline`; here their sizes are fitted to measured steps instead of
-summed from kernels. With N rows (chunk tokens and decodes), K chunks, B decodes, C = sum(contexts), and chunks of
-``count`` tokens after ``start``:
-
-    T = t_0 + f(N) + t_K K + t_B B + t_C C + a sum(count^2)/2 + b sum(count start) + c sum(start + count | start > 0)
-
-f is piecewise linear and rising: projections, MLP and head, bound by the weights' bytes at few rows and by arithmetic
-at many. a is causal attention inside a chunk, b attention over what came before it, c the gathering of a chunk's
-earlier KV. All coefficients are non-negative, so T rises in each argument; they minimise relative errors, robustly,
-because a step that something else interrupted must not bend the others.
-"""
+"""What ``baton profile`` measured on one machine, as a file and as a cost model."""
 
 from __future__ import annotations
 
 import json
-import math
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from baton.config_handoff import AUTO, EXACT_CODECS
 from baton.errors import ConfigError
 from placement.cost import StepShape
-from placement.grids import Floats, HeldOut
 from placement.handoff_cost import HandoffCost, choose
+from placement.step_fit import LEAST_STEPS, Observation, fitted, rows
 
 FORM = 1
-KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-_SWEEPS = 20000
-_SETTLED = 1e-9
-_ROBUST = 0.1  # relative residuals above this count by their size, not by its square (Huber, 1964)
-_REWEIGHTED = 5
-LEAST_STEPS = 40  # fewer do not determine the coefficients
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """One step's shape and the median of its ``repeats``; ``spread`` is the interquartile range over that median."""
-
-    step: StepShape
-    seconds: float
-    spread: float
-    repeats: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +25,9 @@ class Speed:
 
     layer_s: float
     bytes_per_s: float
+
+    def slowed(self, times: float) -> Speed:
+        return Speed(times * self.layer_s, self.bytes_per_s / times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +46,15 @@ class Machine:
     cores: int
     platform: str
     torch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Seconds that a worker adds to its engine's steps; ``placement.measure_served`` measures them on real workers."""
+
+    chunk_s: float = 0.0  # a chunk of prompt whose KV leaves behind it, layer by layer
+    token_s: float = 0.0  # and each of its tokens
+    step_s: float = 0.0  # a step whose tokens go to clients
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +77,26 @@ class Profile:
     codecs: Mapping[str, CodecSpeed]
     wires: Mapping[str, Speed]  # transport -> between two processes of this machine, of wire bytes
     beside: float = 1.0  # how many times as long a step takes while one other worker of this machine computes
+    serving: Serving = Serving()
+    pulse_s: float = 0.0  # of the machine during the steps, see ``placement.pulse``; 0: it was not read
+    longer: float = 1.0  # how many times as long as ``steps`` say they take at this pulse
+
+    def at(self, pulse_s: float) -> Profile:
+        """What this machine would have shown with that pulse. Raises :class:`ConfigError` for a profile without one."""
+        if not self.pulse_s:
+            raise ConfigError("the profile has no pulse", field="profile.pulse_s")
+        longer = pulse_s / self.pulse_s
+        return replace(
+            self,
+            pulse_s=pulse_s,
+            longer=longer * self.longer,
+            serving=Serving(**{name: longer * seconds for name, seconds in asdict(self.serving).items()}),
+            codecs={
+                name: replace(one, encode=one.encode.slowed(longer), decode=one.decode.slowed(longer))
+                for name, one in self.codecs.items()
+            },
+            wires={name: one.slowed(longer) for name, one in self.wires.items()},
+        )
 
     def slowdown(self, workers: int, taken_cores: float = 0.0) -> tuple[float, ...]:
         """How many times longer a step takes with 1 to ``workers`` of them computing on this machine than alone.
@@ -152,93 +153,11 @@ def _from_tree(tree: Mapping[str, Any]) -> Profile:
         name: CodecSpeed(Speed(**entry["encode"]), Speed(**entry["decode"]), float(entry["ratio"]))
         for name, entry in tree["codecs"].items()
     }
-    rest = {key: value for key, value in tree.items() if key not in ("form", "machine", "steps", "codecs", "wires")}
+    apart = ("form", "machine", "steps", "codecs", "wires", "serving")
+    rest = {key: value for key, value in tree.items() if key not in apart}
     wires = {name: Speed(**entry) for name, entry in tree["wires"].items()}
-    return Profile(machine=Machine(**tree["machine"]), steps=steps, codecs=codecs, wires=wires, **rest)
-
-
-@dataclass(frozen=True, slots=True)
-class StepFit:
-    """Coefficients of the formula above; ``slopes[i]`` is f's from ``KNOTS[i]`` (from 0 for the first) to the next."""
-
-    base_s: float
-    chunk_s: float
-    decode_s: float
-    context_s: float
-    inside_s: float
-    before_s: float
-    gather_s: float
-    slopes: tuple[float, ...]
-
-    @classmethod
-    def of(cls, steps: Sequence[Observation]) -> StepFit:
-        seconds = np.array([o.seconds for o in steps])
-        features = np.array([_features(o.step) for o in steps]) / seconds[:, None]
-        weights = np.ones_like(seconds)
-        for _ in range(_REWEIGHTED):
-            values = non_negative(features * weights[:, None], weights)
-            weights = np.sqrt(_ROBUST / np.maximum(_ROBUST, np.abs(features @ values - 1)))
-        base, chunk, decode, context, inside, before, gather, *slopes = values.tolist()
-        return cls(base, chunk, decode, context, inside, before, gather, tuple(slopes))
-
-    def seconds(self, step: StepShape) -> float:
-        values = (
-            self.base_s, self.chunk_s, self.decode_s, self.context_s, self.inside_s, self.before_s, self.gather_s,
-            *self.slopes,
-        )  # fmt: skip
-        return math.fsum(a * b for a, b in zip(values, _features(step), strict=True))
-
-    def rows_s(self, rows: int) -> float:
-        """f of the formula."""
-        return math.fsum(a * b for a, b in zip(self.slopes, _hinges(rows), strict=True))
-
-
-def _features(step: StepShape) -> list[float]:
-    rows = len(step.contexts) + sum(count for _, count in step.chunks)
-    inside = sum(count * count for _, count in step.chunks) / 2
-    before = sum(start * count for start, count in step.chunks)
-    gathered = sum(start + count for start, count in step.chunks if start)
-    head = [1.0, len(step.chunks), len(step.contexts), sum(step.contexts), inside, before, gathered]
-    return [*map(float, head), *_hinges(rows)]
-
-
-def _hinges(rows: int) -> list[float]:
-    """How much of each segment between knots ``rows`` covers."""
-    edges = (0, *KNOTS[1:])
-    return [
-        float(min(rows, above) - below if rows > below else 0)
-        for below, above in zip(edges, (*edges[1:], rows + 1), strict=True)
-    ]
-
-
-def non_negative(features: Floats, target: Floats) -> Floats:
-    """argmin |features x - target|, x >= 0, by coordinate descent on scaled columns; exact at convergence."""
-    scale = np.linalg.norm(features, axis=0)
-    used = scale > 0
-    columns = features[:, used] / scale[used]
-    gram, right = columns.T @ columns, columns.T @ target
-    x = np.zeros(columns.shape[1])
-    for _ in range(_SWEEPS):
-        moved = 0.0
-        for i in range(x.size):
-            new = max(0.0, x[i] + float(right[i] - gram[i] @ x))
-            moved, x[i] = max(moved, abs(new - x[i])), new
-        if moved < _SETTLED:
-            break
-    solution = np.zeros(features.shape[1])
-    solution[used] = x / scale[used]
-    return solution
-
-
-def held_out(steps: Sequence[Observation], folds: int = 5, seed: int = 0) -> HeldOut:
-    """Every step predicted by a fit of the other folds alone."""
-    fold = np.random.default_rng(seed).integers(0, folds, len(steps))
-    predicted = np.empty(len(steps))
-    for one in range(folds):
-        fit = StepFit.of([step for step, f in zip(steps, fold, strict=True) if f != one])
-        for at in np.flatnonzero(fold == one).tolist():
-            predicted[at] = fit.seconds(steps[at].step)
-    return HeldOut.of(predicted, np.array([step.seconds for step in steps]))
+    serving = Serving(**tree.get("serving", {}))
+    return Profile(machine=Machine(**tree["machine"]), steps=steps, codecs=codecs, wires=wires, serving=serving, **rest)
 
 
 class ProfiledReplica:
@@ -249,16 +168,19 @@ class ProfiledReplica:
 
     gpus = 1
 
-    def __init__(self, profile: Profile, *, codec: str, transport: str, kv_tokens: int) -> None:
-        """Raises :class:`ConfigError` for a codec or transport that was not measured, or too few steps."""
+    def __init__(self, profile: Profile, *, codec: str, transport: str, kv_tokens: int, sends: bool = False) -> None:
+        """``sends``: a prefill worker, whose KV leaves behind its steps; else its tokens go to clients.
+
+        Raises :class:`ConfigError` for a codec or transport that was not measured, or too few steps.
+        """
         if len(profile.steps) < LEAST_STEPS:
             raise ConfigError(f"has {len(profile.steps)} steps, a fit needs {LEAST_STEPS}", field="profile.steps")
         self.profile = profile
-        self.fit = StepFit.of(profile.steps)
+        self.fit = fitted(profile.steps).times(profile.longer)
         self._handoffs = handoffs_of(profile, codec, transport)
         self.extrapolations: Counter[str] = Counter()
-        self._kv_tokens = kv_tokens
-        self._most_rows = max(_rows(o.step) for o in profile.steps)
+        self._kv_tokens, self._sends = kv_tokens, sends
+        self._most_rows = max(rows(o.step) for o in profile.steps)
         self._longest = max(max((*o.step.contexts, *(a + b for a, b in o.step.chunks))) for o in profile.steps)
         self._rows_s = array("d", [self.fit.rows_s(rows) for rows in range(2 * self._most_rows + 1)])
 
@@ -266,8 +188,12 @@ class ProfiledReplica:
         chunks, batch = step.chunks, len(step.contexts)
         if not chunks:
             return self.decode_step_s(batch, sum(step.contexts))
-        fit = self.fit
+        fit, serving = self.fit, self.profile.serving
         rows, seconds = batch, fit.base_s + fit.chunk_s * len(chunks)
+        if self._sends:
+            seconds += serving.chunk_s * len(chunks) + serving.token_s * sum(count for _, count in chunks)
+        else:
+            seconds += serving.step_s
         for start, count in chunks:
             rows += count
             seconds += count * (fit.inside_s / 2 * count + fit.before_s * start)
@@ -285,7 +211,8 @@ class ProfiledReplica:
         if context_sum > batch * self._longest:
             self.extrapolations["longer contexts than measured"] += 1
         fit = self.fit
-        return fit.base_s + fit.decode_s * batch + fit.context_s * context_sum + self._rows(batch)
+        seconds = fit.base_s + fit.decode_s * batch + fit.context_s * context_sum + self._rows(batch)
+        return seconds + self.profile.serving.step_s
 
     def transfer_s(self, tokens: int) -> float:
         return self._handoff(tokens).serial_s(tokens) if tokens > 0 else 0.0
@@ -338,7 +265,3 @@ def _handoff_of(profile: Profile, codec: str, transport: str) -> HandoffCost:
         wire_layer_s=wire.layer_s,
         decode_layer_s=speed.decode.layer_s,
     )
-
-
-def _rows(step: StepShape) -> int:
-    return len(step.contexts) + sum(count for _, count in step.chunks)

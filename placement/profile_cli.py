@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from baton.config import Config, load
 from baton.config_handoff import CODECS
 from baton.errors import ConfigError
-from placement.profile import LEAST_STEPS, Machine, Profile, StepFit, held_out
+from placement.profile import Machine, Profile, Serving
+from placement.step_fit import LEAST_STEPS, StepFit, held_out
 from placement.tables import Tables
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def run(
     from placement.measure import measure_steps
     from placement.measure_beside import Worker, measure_beside
     from placement.measure_handoff import measure_codecs, measure_wire
+    from placement.measure_served import measure_served
+    from placement.pulse import Pulse
 
     folder = hub.resolve(settings.model.id, settings.model.cache_dir, progress)
     model = load_model(folder, settings.model.dtype, threads)
@@ -86,12 +89,17 @@ def run(
     wire: str = settings.handoff.transport
     progress(f"{wire} between two processes", 0.0)
     wires = {wire: measure_wire(wire, settings.handoff.ucx_tls)}
-    beside = 1.0
+    beside, serving = 1.0, Serving()
     if clock == "wall" and not _accelerator(model):  # workers on GPUs have one each
         progress("steps beside another worker", 0.0)
         worker = Worker(folder, settings.model.dtype, threads, settings.decode, max_context)
         beside = measure_beside(model, worker)
-    steps = measure_steps(model, settings.decode, max_context, progress, rounds=rounds, clock=clock)
+        progress("requests through workers", 0.0)
+        serving = measure_served(model, folder, settings)
+    with Pulse() as pulse:
+        pulse.read()
+        steps = measure_steps(model, settings.decode, max_context, progress, rounds=rounds, clock=clock)
+        pulse_s = pulse.read()
     layout = model.layout
     return Profile(
         machine=_machine(model),
@@ -110,6 +118,8 @@ def run(
         codecs=codecs,
         wires=wires,
         beside=beside,
+        serving=serving,
+        pulse_s=pulse_s,
     )
 
 
@@ -165,6 +175,9 @@ def _summary(measured: Profile, output: Path) -> None:
         console.print(f"the steps had {measured.cpu_share:.0%} of their cores: others used this machine meanwhile")
     fit = StepFit.of(measured.steps)
     print(f"beside     another worker that computes, a step takes {measured.beside:.2f} times as long")
+    added = measured.serving
+    print(f"serving    adds {1e3 * added.chunk_s:.0f} ms and {1e6 * added.token_s:.0f} us a token to a chunk whose KV "
+          f"leaves behind it, {1e3 * added.step_s:.1f} ms to a step of a decode worker")  # fmt: skip
     print(f"steps      {len(measured.steps)} shapes; held out: {held_out(measured.steps)}")
     print(f"decode     {1e3 * (fit.base_s + fit.decode_s + fit.rows_s(1)):.1f} ms for one, "
           f"{1e3 * (fit.base_s + 32 * fit.decode_s + fit.rows_s(32)):.1f} ms for 32, "

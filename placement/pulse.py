@@ -5,8 +5,9 @@ Here the same matrix product took between 0.8 and 1.2 times its median within se
 profile says how long a step takes at the speed of its day; the pulse of that day, and that of another, say what to make
 of it then.
 
-A beat counts CPU seconds and works within a core's own cache: neither waiting for a core nor memory's bandwidth is in
-it, since both depend on what else runs here, which models say themselves.
+A beat works within a core's own cache and gives way to nobody: neither waiting for a core nor memory's bandwidth is in
+it, since both depend on what else runs here, which models say themselves. It begins after as much work that is not
+timed: a core that wakes up is a tenth slower at first, and more often asleep the less there is to do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from baton.errors import ConfigError
 
 ROWS, INNER, COLUMNS = 160, 576, 256  # float32: 1.1 MB
 REPEATS = 4
-BEAT_S = 0.25  # of which 3 ms are work
+BEAT_S = 0.25  # of which 8 ms are work
 READY_S = 60.0
 
 
@@ -31,8 +32,8 @@ class Pulse:
         """Raises :class:`ConfigError` when the process does not start."""
         context = multiprocessing.get_context("spawn")
         self._here, there = context.Pipe(duplex=False)
-        self._process = context.Process(target=_beat, args=(there,), daemon=True)
-        self._process.start()
+        self.process = context.Process(target=_beat, args=(there,), daemon=True)
+        self.process.start()
         there.close()
         if not self._here.poll(READY_S):
             self.__exit__()
@@ -40,12 +41,17 @@ class Pulse:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.join()
+        self.process.kill()
+        self.process.join()
         self._here.close()
 
     def read(self) -> float:
-        """Median CPU seconds of the beats since the last reading; waits for one if there were none."""
+        """Median seconds of the beats since the last reading; waits for one if there were none.
+
+        Raises :class:`ConfigError` when the process has ended.
+        """
+        if not self.process.is_alive():
+            raise ConfigError("the pulse has stopped", field="pulse")
         beats = [float(self._here.recv())]
         while self._here.poll():
             beats.append(float(self._here.recv()))
@@ -59,9 +65,10 @@ def _beat(parent: Connection) -> None:
     torch.set_num_threads(1)
     left, right = torch.ones(ROWS, INNER), torch.ones(INNER, COLUMNS)
     while True:
-        torch.mm(left, right)  # what slept finds its cache taken
-        started = time.thread_time()
+        for _ in range(2 * REPEATS):
+            torch.mm(left, right)
+        started = time.perf_counter()
         for _ in range(REPEATS):
             torch.mm(left, right)
-        parent.send(time.thread_time() - started)
+        parent.send(time.perf_counter() - started)
         time.sleep(BEAT_S)

@@ -55,12 +55,15 @@ def gpu_space(
     )
 
 
-def profiled_space(cost: CostModel, *, gap_s: float, page_tokens: int = 16) -> Space:
-    """One way to run a replica, with the cost that was measured here, under several batch settings."""
+def profiled_space(cost: CostModel, sending: CostModel, *, gap_s: float, page_tokens: int = 16) -> Space:
+    """One way to run a replica, with the cost that was measured here, under several batch settings.
+
+    ``sending``: of a prefill worker, whose KV leaves behind its steps.
+    """
     degrees = {(1, 1): cost}
     prefill = tuple(EngineLimits(page_tokens, tokens, 64, 256, gap_s=gap_s) for tokens in (256, 512, 1024))
     decode = tuple(EngineLimits(page_tokens, 512, batch, 256, gap_s=gap_s) for batch in (8, 16, 64))
-    return Space(_ways(degrees, prefill), _ways(degrees, decode), _ways(degrees, prefill))
+    return Space(_ways({(1, 1): sending}, prefill), _ways(degrees, decode), _ways(degrees, prefill))
 
 
 def _ways(costs: dict[tuple[int, int], CostModel], limits: tuple[EngineLimits, ...]) -> tuple[Way, ...]:

@@ -14,7 +14,7 @@ from engine.model import Model
 from engine.spec import ModelSpec
 from placement.measure import DECODE_STEPS, measure_steps, scenarios
 from placement.measure_handoff import measure_codecs, measure_wire
-from placement.profile import StepFit
+from placement.step_fit import StepFit
 
 POOL = PoolConfig(kv_tokens=2048, max_running=12)
 MAX_CONTEXT = 256

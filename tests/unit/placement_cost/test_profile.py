@@ -11,18 +11,8 @@ from hypothesis import strategies as st
 
 from baton.errors import ConfigError
 from placement.cost import StepShape
-from placement.profile import (
-    CodecSpeed,
-    Machine,
-    Observation,
-    Profile,
-    ProfiledReplica,
-    Speed,
-    StepFit,
-    handoffs_of,
-    held_out,
-    non_negative,
-)
+from placement.profile import CodecSpeed, Machine, Profile, ProfiledReplica, Serving, Speed, handoffs_of
+from placement.step_fit import Observation, StepFit, held_out, non_negative
 
 MACHINE = Machine("CPU", "", 2, "Linux", "2.13")
 
@@ -91,6 +81,42 @@ def test_file_round_trip(tmp_path: Path) -> None:
     measured.save(file)
     assert Profile.load(file) == measured
     assert len(file.read_text().splitlines()) > len(measured.steps)
+
+
+def test_file_without_what_serving_adds_is_of_an_older_day(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    replace(_profile(), serving=Serving(0.03, 1e-5, 1e-3), pulse_s=0.003).save(file)
+    assert Profile.load(file).serving == Serving(0.03, 1e-5, 1e-3)
+    tree = json.loads(file.read_text())
+    del tree["serving"], tree["pulse_s"]
+    file.write_text(json.dumps(tree))
+    assert Profile.load(file) == _profile()
+
+
+def test_a_slower_machine_takes_longer_for_everything() -> None:
+    day = replace(_profile(), serving=Serving(0.03, 1e-5, 1e-3), pulse_s=0.003)
+    step, replicas = StepShape(((0, 100),), (50, 60)), []
+    for profile in (day, day.at(0.0036)):
+        replicas.append(ProfiledReplica(profile, codec="raw", transport="tcp", kv_tokens=1, sends=True))
+    assert replicas[1].step_s(step) == pytest.approx(1.2 * replicas[0].step_s(step))
+    assert replicas[1].transfer_s(100) == pytest.approx(1.2 * replicas[0].transfer_s(100))
+    assert day.at(0.0036).at(0.003).longer == pytest.approx(1.0)
+    with pytest.raises(ConfigError, match="pulse_s"):
+        _profile().at(0.003)
+
+
+def test_serving_adds_to_the_steps_of_either_kind_of_worker() -> None:
+    profile = replace(_profile(), serving=Serving(0.03, 1e-5, 1e-3))
+    decode, prefill = (
+        ProfiledReplica(profile, codec="raw", transport="tcp", kv_tokens=1, sends=sends) for sends in (False, True)
+    )
+    step, plain = (
+        StepShape(((0, 100), (20, 50)), ()),
+        ProfiledReplica(_profile(), codec="raw", transport="tcp", kv_tokens=1),
+    )
+    assert prefill.step_s(step) - plain.step_s(step) == pytest.approx(2 * 0.03 + 150 * 1e-5)
+    assert decode.step_s(step) - plain.step_s(step) == pytest.approx(1e-3)
+    assert decode.decode_step_s(3, 300) - plain.decode_step_s(3, 300) == pytest.approx(1e-3)
 
 
 def test_handoff_takes_its_speeds_from_the_profile() -> None:
