@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from baton.wire import inference_pb2 as pb
 from bench import load, machine, workload
 from bench.stats import OK, Record
@@ -37,23 +39,25 @@ class Errands:
         return rate_per_s * (self.request_s + self.token_s * output_tokens)
 
 
-async def measure(target: load.Target, model: pb.Model, rest: machine.Cores) -> Errands:
-    """``rest``: what is in use without requests. Raises RuntimeError when a request fails."""
+async def measure(target: load.Target, model: pb.Model, ours: Sequence[psutil.Process], rest: machine.Cores) -> Errands:
+    """``ours``: the service's processes; ``rest``: what is in use without requests. Raises RuntimeError when a request
+    fails."""
     ends = set(model.eos_token_ids)
     allowed = [token for token in range(model.vocab_size) if token not in ends]
-    _, single = await _some(target, allowed, OUTPUTS[0], rest, together=1)
+    _, single = await _some(target, allowed, OUTPUTS[0], ours, rest, together=1)
     first_s = statistics.median(one.ttft_s - one.stages["queue"] - one.stages["prefill"] for one in single)
-    short_s, long_s = [(await _some(target, allowed, output, rest, together=TOGETHER))[0] for output in OUTPUTS]
+    short_s, long_s = [(await _some(target, allowed, output, ours, rest, together=TOGETHER))[0] for output in OUTPUTS]
     token_s = max(0.0, (long_s - short_s) / (OUTPUTS[1] - OUTPUTS[0]))
     return Errands(max(0.0, short_s - OUTPUTS[0] * token_s), token_s, first_s)
 
 
 async def _some(
-    target: load.Target, allowed: Sequence[int], output: int, rest: machine.Cores, *, together: int
-) -> tuple[float, list[Record]]:
+    target: load.Target, allowed: Sequence[int], output: int, ours: Sequence[psutil.Process], rest: machine.Cores, *,
+    together: int,
+) -> tuple[float, list[Record]]:  # fmt: skip
     """CPU seconds a request beside the engines and what is in use anyway; and the requests."""
     loop, rng, records = asyncio.get_running_loop(), random.Random(), list[Record]()
-    started_s, meter = loop.time(), machine.Meter()
+    started_s, meter = loop.time(), machine.Meter(ours)
     planned = workload.Planned(0.0, PROMPT_TOKENS, output)
     sampling = pb.Sampling(temperature=0.0, max_tokens=output, ignore_eos=True)
     for _ in range(ROUNDS):
@@ -67,4 +71,4 @@ async def _some(
         if record.status != OK:
             raise RuntimeError(f"a request before the load failed: {record.status} {record.message}")
     cores, passed_s = meter.read(), loop.time() - started_s
-    return (cores.busy - cores.engines - (rest.busy - rest.engines)) * passed_s / len(records), records
+    return (cores.beside - rest.beside) * passed_s / len(records), records

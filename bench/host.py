@@ -36,7 +36,7 @@ class Host:
         self.begin()
         await asyncio.sleep(seconds)
         rest = self._meter.read()
-        cost = asdict(await errands.measure(target, model, rest)) if self._ours else None
+        cost = asdict(await errands.measure(target, model, self._ours, rest)) if self._ours else None
         return {"at_rest": asdict(rest), "errands": cost}
 
     def begin(self) -> None:

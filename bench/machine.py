@@ -44,6 +44,11 @@ class Cores:
     engines: float
     others: float | None
 
+    @property
+    def beside(self) -> float:
+        """Of ``busy``, by the service and this process, engines apart; by everybody where the service is not known."""
+        return self.busy - self.engines - (self.others or 0.0)
+
 
 class Meter:
     """Reads :class:`Cores` since it was made. ``ours``: the service's processes, which live longer than the meter."""

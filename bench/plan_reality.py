@@ -9,6 +9,7 @@ disturbed and not compared.
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ def compare(
 
     Raises :class:`ConfigError` for a document of another machine's service or of an older form.
     """
+    documents = [{**one, "errands": errands} for one, errands in zip(documents, _errands(documents), strict=True)]
     for setting, repeats in _by_setting(documents).items():
         curves: dict[str, list[tuple[float, float]]] = {"measured": [], "predicted": []}
         for rate, runs in _by_rate(repeats).items():
@@ -69,6 +71,18 @@ def compare(
         true, guess = (crossing(curves[name]) for name in ("measured", "predicted"))
         error = guess / true - 1 if guess and true else None
         yield {**setting.row, "goodput": {"measured": true, "predicted": guess, "error": error}}
+
+
+def _errands(documents: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """What requests cost beside their steps is one thing per pools, whatever they ask: the median of its readings."""
+    readings: dict[str, list[Mapping[str, float]]] = defaultdict(list)
+    for document in documents:
+        readings[str(document["server"]["pools"])].append(document["errands"])
+    medians = {
+        pools: {name: statistics.median(one[name] for one in some) for name in some[0]}
+        for pools, some in readings.items()
+    }
+    return [medians[str(document["server"]["pools"])] for document in documents]
 
 
 def disturbance(run: Mapping[str, Any]) -> str:
@@ -161,7 +175,8 @@ def _predicted(profile: Profile, one: Run, settings: configs.Config) -> list[See
     slo = Slo(options["ttft_ms"] / 1e3, options["tpot_ms"] / 1e3)
     arrivals = _arrivals(document, run, settings)
     output = sum(arrival.output_tokens for arrival in arrivals) / len(arrivals)
-    taken = document["at_rest"]["busy"] + errands.cores(run["rate_per_s"], output)
+    rest = document["at_rest"]
+    taken = rest["busy"] - (rest["others"] or 0.0) + errands.cores(run["rate_per_s"], output)
     trips = simulate(_cluster(profile, document, settings, taken), arrivals).trips[options["warmup"] :]
     seen = []
     for trip in trips:

@@ -40,7 +40,7 @@ def document(profile: Profile) -> dict[str, Any]:
     found: dict[str, Any] = {
         "command": COMMAND, "options": goodput._plain(chosen), "runs": [],
         "server": {"pools": {"prefill": 1, "decode": 1}, "codec": "raw", "transport": "tcp"},
-        "at_rest": {"busy": 0.2}, "errands": {"request_s": 0.05, "token_s": 0.001, "first_s": 0.01},
+        "at_rest": {"busy": 0.2, "others": 0.0}, "errands": {"request_s": 0.05, "token_s": 0.001, "first_s": 0.01},
     }  # fmt: skip
     for rate in chosen.sweep:
         run: dict[str, Any] = {
@@ -77,6 +77,7 @@ def test_repeats_are_taken_together_and_a_slower_machine_is_allowed_for(
     again = copy.deepcopy(document)
     for run in again["runs"]:
         run["pulse_s"] = 0.006
+    again["errands"]["first_s"] = 0.011
     slow, *_ = plan_reality.compare(profile, [document, again], Config())
     assert slow["requests"] == 60
     assert slow["pulse"] == pytest.approx([1.0, 2.0])
