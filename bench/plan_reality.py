@@ -74,10 +74,15 @@ def compare(
 
 
 def _errands(documents: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """What requests cost beside their steps is one thing per pools, whatever they ask: the median of its readings."""
+    """What requests cost beside their steps is one thing per pools, whatever they ask: the median of its readings.
+
+    Those taken while others used the machine do not count, unless there are no others.
+    """
     readings: dict[str, list[Mapping[str, float]]] = defaultdict(list)
-    for document in documents:
-        readings[str(document["server"]["pools"])].append(document["errands"])
+    for document in sorted(documents, key=lambda one: (one["at_rest"]["others"] or 0.0) > OTHERS_CORES):
+        pools, quiet = str(document["server"]["pools"]), (document["at_rest"]["others"] or 0.0) <= OTHERS_CORES
+        if quiet or not readings[pools]:
+            readings[pools].append(document["errands"])
     medians = {
         pools: {name: statistics.median(one[name] for one in some) for name in some[0]}
         for pools, some in readings.items()
