@@ -154,14 +154,14 @@ class SendEnd:
         first: int = 0, finish: bool = True, slow_s: float = 0.0, break_layer: int = -1,
     ) -> None:  # fmt: skip
         """Hands ``name``'s pages over. ``slow_s``: what gathering takes longer; ``break_layer`` cannot be gathered."""
-        table, cache, request_id = self._tables[name], self._pages.cache, ticket.request_id
+        located, request_id = self._pages.cache.locator(self._tables[name]), ticket.request_id
 
         def gather(layer: int, start: int, count: int) -> Rows:
             if slow_s:
                 time.sleep(slow_s)
             if layer == break_layer:
                 raise OSError("a broken cache")
-            return Rows(*cache.locate(layer, table, start, count))
+            return Rows(*located(layer, start, count))
 
         outgoing = self._sender.open(ticket, tokens=tokens, budget_s=budget_s, gather=gather)
         self._outgoing[request_id] = outgoing
@@ -244,14 +244,15 @@ class LandEnd:
         slow_s: float = 0.0, break_layer: int = -1,
     ) -> Ticket:  # fmt: skip
         """``slow_s``: what a write takes longer; ``break_layer`` cannot be written."""
-        table, cache = self._pages.take(tokens), self._pages.cache
+        table = self._pages.take(tokens)
+        located = self._pages.cache.locator(table)
 
         def locate(layer: int, start: int, count: int) -> Rows:
             if slow_s:
                 time.sleep(slow_s)
             if layer == break_layer:
                 raise OSError("a broken cache")
-            return Rows(*cache.locate(layer, table, start, count))
+            return Rows(*located(layer, start, count))
 
         self._tables[request_id] = table
         return self._receiver.reserve(

@@ -228,14 +228,16 @@ class DecodeWorker:
         """Pages for ``work``'s whole prompt, and the way into them."""
         pages, device = engine.reserve(work), self._on_device
         if device is None and isinstance(cache := engine.cache, KVCache):
-            return Paged(lambda layer, start, count: Rows(*cache.locate(layer, pages, start, count)))
+            inside = cache.locator(pages)
+            return Paged(lambda layer, start, count: Rows(*inside(layer, start, count)))
         if device is None:
             return lambda layer, start, keys, values: engine.cache.scatter(layer, pages, start, keys, values)
         free = device.mark()  # whoever had the pages before may still be writing them
+        there = device.locator(pages)
 
         def locate(layer: int, start: int, count: int) -> Rows:
             free()
-            return Rows(*device.locate(layer, pages, start, count))
+            return Rows(*there(layer, start, count))
 
         return Paged(locate)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -11,6 +12,11 @@ from baton.layout import KVLayout
 from engine import host_rows
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_LOCATED = 64  # spans of tokens whose rows a locator remembers
+
+# (layer, start, count) to the layer's cache [cache rows, 2 * kv_heads, head_dim], and which of its rows [count] int64
+# hold tokens [start, start + count). Raises IndexError for tokens outside.
+Locate: TypeAlias = Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 class PagedKV(Protocol):
@@ -100,10 +106,10 @@ class KVCache:
             pages = layer.view(-1, self.page_tokens, *layer.shape[1:])  # [pages, page_tokens, 2 * kv_heads, head_dim]
             pages.index_copy_(0, written, pages.index_select(0, read))
 
-    def locate(self, layer: int, pages: Sequence[int], start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``layer``'s cache [cache rows, 2 * kv_heads, head_dim], and which of its rows [count] int64 hold tokens
-        ``[start, start + count)`` of ``pages``. Raises IndexError for tokens outside."""
-        return self.layers[layer], self.slots(pages, start, count)
+    def locator(self, pages: Sequence[int]) -> Locate:
+        """For ``pages``, which stay as they are: tokens' rows are found once for all layers, on one thread."""
+        slots = lru_cache(maxsize=_LOCATED)(lambda start, count: self.slots(pages, start, count))
+        return lambda layer, start, count: (self.layers[layer], slots(start, count))
 
     def slots(self, pages: Sequence[int], start: int, count: int) -> torch.Tensor:
         """Rows of tokens ``[start, start + count)`` in every layer: [count] int64, on the device."""

@@ -7,16 +7,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from engine.cache import KVCache, PagedKV
+from engine.cache import KVCache, Locate, PagedKV
 
 if TYPE_CHECKING:
     from engine.kernels.codec import PagedKernels
 
 
 class DevicePages:
-    """``locate`` may be called from any thread; ``mark`` belongs to the thread that computes."""
+    """``locator`` may be called from any thread; ``mark`` belongs to the thread that computes."""
 
     def __init__(self, cache: KVCache) -> None:
         from engine.kernels.codec import PagedKernels  # Triton, which only CUDA needs
@@ -25,9 +24,9 @@ class DevicePages:
         self.device = cache.layers[0].device
         self.kernels: PagedKernels = PagedKernels()
 
-    def locate(self, layer: int, pages: Sequence[int], start: int, count: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`engine.cache.KVCache.locate`."""
-        return self._cache.locate(layer, pages, start, count)
+    def locator(self, pages: Sequence[int]) -> Locate:
+        """As :meth:`engine.cache.KVCache.locator`."""
+        return self._cache.locator(pages)
 
     def mark(self) -> Callable[[], None]:
         """What it returns makes the stream of whichever thread calls it wait for all that is launched by now."""

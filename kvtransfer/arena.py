@@ -88,15 +88,10 @@ class Arena:
         self._free.insert(at, (offset, size))
 
 
-def aligned(nbytes: int) -> int:
-    """``nbytes`` or an offset, rounded up to where a region may begin."""
-    return -(-nbytes // ALIGN) * ALIGN
-
-
 def _round_up(nbytes: int) -> int:
     if nbytes <= 0:
         raise ValueError(f"{nbytes} bytes")
-    return aligned(nbytes)
+    return -(-nbytes // ALIGN) * ALIGN
 
 
 class HostMemory:

@@ -2,7 +2,8 @@
 Spans that lie in an accelerator's pages are encoded there, where it has the codec, and leave it as encoded bytes.
 
 Neither the engine's thread nor the event loop ever waits for staging: a span that finds no room waits here until an
-acknowledgement frees some, or until its handoff is over.
+acknowledgement frees some, or until its handoff is over. Spans that wait already leave together, in one parcel: taking
+room, announcing, fetching and acknowledging would cost more than copying each of them does (docs/handoff.md).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import TypeAlias
 
@@ -26,14 +28,14 @@ from kvtransfer.codecs import make_codec
 from kvtransfer.coverage import Span
 from kvtransfer.handoff import Dispatch
 from kvtransfer.pages import Accelerator, Rows, lane_of, paged_codecs
-from kvtransfer.protocol import Acks, Block, block_digest, block_tokens
+from kvtransfer.protocol import MOST_BLOCKS, Ack, Block, Parcel, aligned, block_digest, block_tokens
 from kvtransfer.route import Ratios, Route
 from kvtransfer.signing import BlockKey
 
 log = logging.getLogger(__name__)
 
 _MOST_COUNTED = 64  # handoffs, in a load
-_CHOSEN_FOR = 4  # blocks of a handoff, if so many wait already: choosing takes up to half as long as copying one
+_PARCEL_S = 1e-3  # of encoding: the link waits for the first parcel, and the receiver has the last one still to decode
 
 Gather: TypeAlias = Callable[[int, int, int], tuple[Tensor, Tensor] | Rows]
 
@@ -47,7 +49,7 @@ class Feed:
     peer: str  # whose acknowledgements free this handoff's staging
     route: Route
     gather: Gather
-    on_staged: Callable[[Block], None]  # called on the encoder's thread
+    on_staged: Callable[[Parcel], None]  # called on the encoder's thread
     on_idle: Callable[[], None]  # the last span is gathered, or dropped
     on_failed: Callable[[str], None]
     spans: deque[Span] = field(default_factory=deque)
@@ -57,8 +59,6 @@ class Feed:
     began_at: float = 0.0  # the first span was pushed
     pushed_at: float = 0.0  # the last one was
     first_pairs: int = 0  # (layer, token) pairs of the first push
-    codec: str = ""  # the last choice
-    held: int = 0  # spans for which it still holds
 
     @property
     def idle(self) -> bool:
@@ -83,10 +83,10 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One span with room for it in staging."""
+    """Spans of one parcel, with room for it in staging."""
 
     feed: Feed
-    span: Span
+    spans: tuple[Span, ...]
     codec: str
     region: Region
     started_at: float
@@ -100,7 +100,9 @@ class Encoder:
         """``ratios`` and every feed's route are guarded by ``changed`` from here on; ``key`` makes digests keyed;
         ``accelerator`` encodes what its kernels can of feeds whose KV is in pages."""
         self._layout, self._staging, self._ratios, self._key = layout, staging, ratios, key
+        self._fingerprint = layout.fingerprint
         self._codecs = {name: make_codec(name, layout) for name in CODECS}
+        self._bound = cache(self._most_bytes)
         self._accelerator = accelerator
         self._paged = paged_codecs(accelerator, CODECS, layout)
         self._block_tokens = block_tokens(layout)
@@ -137,15 +139,12 @@ class Encoder:
             self.changed.notify()
         return True
 
-    def acknowledge(self, feed: Feed, acks: Acks) -> None:
+    def acknowledge(self, feed: Feed, ack: Ack) -> None:
         with self.changed:
-            nbytes = 0
-            for seq in acks.seqs:
-                if feed.dispatch.ack(seq):
-                    region = feed.regions.pop(seq)
-                    nbytes += region.nbytes
-                    self._free(feed, region)
-            feed.route.acknowledged(acks, nbytes)
+            if feed.dispatch.ack(ack.seq):
+                region = feed.regions.pop(ack.seq)
+                self._free(feed, region)
+                feed.route.acknowledged(ack, region.nbytes)
             self.changed.notify()
 
     def drop(self, feed: Feed) -> None:
@@ -179,15 +178,15 @@ class Encoder:
     def _encode_all(self) -> None:
         while (job := self._next()) is not None:
             try:
-                nbytes, digest = self._encode(job)
+                blocks = self._encode(job)
             except Exception as error:
-                log.exception("%s: cannot encode layer %d", job.feed.dispatch.request_id, job.span.layer)
+                log.exception("%s: cannot encode %s", job.feed.dispatch.request_id, job.spans)
                 self._failed(job, f"cannot encode: {error}")
             else:
-                self._staged(job, nbytes, digest)
+                self._staged(job, blocks)
 
     def _next(self) -> Job | None:
-        """The oldest span for which there is room, waiting for one; None when the encoder closes."""
+        """The oldest spans for which there is room, waiting for some; None when the encoder closes."""
         with self.changed:
             while not self._closing:
                 for feed in self._waiting:
@@ -198,77 +197,98 @@ class Encoder:
             return None
 
     def _job(self, feed: Feed, region: Region, now: float) -> Job:
-        """The feed's next span, in the codec that suits what is known now."""
-        span = feed.spans.popleft()
-        feed.queued_tokens -= span.count
+        """As many of the feed's next spans as ``region`` and a parcel hold, in the codec that suits now."""
+        codec = self._choose(feed, region, now) if len(feed.allowed) > 1 else feed.allowed[0]
+        spans = tuple(self._together(feed, codec, min(region.nbytes, feed.route.parcel_bytes)))
+        feed.queued_tokens -= sum(span.count for span in spans)
         feed.gathering = True
-        if len(feed.allowed) > 1 and not feed.held:
-            feed.codec = self._choose(feed, span, region, now)
-            feed.held = min(_CHOSEN_FOR, 1 + len(feed.spans))
-        feed.held = max(0, feed.held - 1)
         if not feed.spans:
             del self._waiting[feed]
-        return Job(feed, span, feed.codec or feed.allowed[0], region, now)
+        return Job(feed, spans, codec, region, now)
 
-    def _choose(self, feed: Feed, span: Span, region: Region, now: float) -> str:
+    def _together(self, feed: Feed, codec: str, room: int) -> Iterator[Span]:
+        """The feed's next span, and those behind it that fit the rest of a parcel; takes them out of its queue."""
+        taken, left_s = 0, _PARCEL_S
+        while feed.spans and taken < MOST_BLOCKS:
+            span = feed.spans[0]
+            encode_s = self._ratios.encode_s(codec, span.count * self._layout.layer_token_bytes)
+            room, left_s = room - self._bound((codec,), span.count), left_s - encode_s
+            if taken and (room < 0 or left_s < 0 or not encode_s):
+                return
+            yield feed.spans.popleft()
+            taken += 1
+
+    def _choose(self, feed: Feed, region: Region, now: float) -> str:
         active = list(islice(self._waiting, _MOST_COUNTED))  # this feed among them, unless it is a later one
         load = Load(encode=len(active), wire=max(1, sum(other.peer == feed.peer for other in active)))
         backlog_bytes = self._held[feed.peer] - region.nbytes
-        ahead = feed.ahead(span, self._layout, backlog_bytes=backlog_bytes, now=now)
+        ahead = feed.ahead(feed.spans[0], self._layout, backlog_bytes=backlog_bytes, now=now)
         return feed.route.pick(feed.allowed, ahead, load) or "raw"
 
     def _room(self, feed: Feed) -> Region | None:
-        """For the feed's next span in any codec it may use."""
-        count = feed.spans[0].count
-        nbytes = max(self._codecs[codec].bound(count) for codec in feed.allowed)
+        """For the feed's next spans in any codec it may use: as many as a parcel may hold, or the first alone."""
         # One peer that acknowledges nothing must not stop the handoffs to the others.
         share = self._staging.memory.nbytes // (1 if len(self._feeds) <= 1 else 2)
-        if self._held[feed.peer] and self._held[feed.peer] + nbytes > share:
+        most = min(feed.route.parcel_bytes, share - self._held[feed.peer])
+        first = wanted = self._bound(feed.allowed, feed.spans[0].count)
+        if self._held[feed.peer] and first > share - self._held[feed.peer]:
             return None
-        region = self._staging.take(nbytes)
+        for span in islice(feed.spans, 1, MOST_BLOCKS):
+            more = self._bound(feed.allowed, span.count)
+            if wanted + more > most:
+                break
+            wanted += more
+        region = self._staging.take(wanted) or self._staging.take(first)
         if region is not None:
             self._held[feed.peer] += region.nbytes
         return region
 
-    def _encode(self, job: Job) -> tuple[int, bytes]:
-        """Bytes written to the job's region, and their digest."""
-        feed, span = job.feed, job.span
-        kv = feed.gather(span.layer, span.start, span.count)
+    def _most_bytes(self, codecs: tuple[str, ...], count: int) -> int:
+        """That a block of ``count`` tokens takes in any of ``codecs``, and up to the next one."""
+        return aligned(max(self._codecs[codec].bound(count) for codec in codecs))
+
+    def _encode(self, job: Job) -> tuple[Block, ...]:
+        """What was written to the job's region."""
         view = self._staging.memory.view(job.region.offset, job.region.nbytes)
-        after = feed.dispatch.coverage.tokens - span.start - span.count
+        blocks: list[Block] = []
+        for span in job.spans:
+            blocks.append(self._encode_block(job, span, view))
+            view = view[aligned(blocks[-1].nbytes) :]
+        return tuple(blocks)
+
+    def _encode_block(self, job: Job, span: Span, into: memoryview) -> Block:
+        """Encoded, and signed while it is in the core's cache."""
+        dispatch, kv = job.feed.dispatch, job.feed.gather(span.layer, span.start, span.count)
+        after = dispatch.coverage.tokens - span.start - span.count
         if isinstance(kv, Rows) and (paged := self._paged.get(job.codec)) is not None:
-            nbytes = paged.encode(kv.layer, kv.slots, view, before=span.start, after=after)
+            nbytes = paged.encode(kv.layer, kv.slots, into, before=span.start, after=after)
         else:
             keys, values = kv.gather() if isinstance(kv, Rows) else kv
-            nbytes = self._codecs[job.codec].encode(keys, values, view, before=span.start, after=after)
+            nbytes = self._codecs[job.codec].encode(keys, values, into, before=span.start, after=after)
         digest = block_digest(
-            view[:nbytes], request_id=feed.dispatch.request_id, epoch=feed.dispatch.epoch,
-            layout=self._layout.fingerprint, layer=span.layer, start=span.start, count=span.count, codec=job.codec,
-            key=self._key,
+            into[:nbytes], request_id=dispatch.request_id, epoch=dispatch.epoch, layout=self._fingerprint,
+            layer=span.layer, start=span.start, count=span.count, codec=job.codec, key=self._key,
         )  # fmt: skip
-        return nbytes, digest
+        return Block(span.layer, span.start, span.count, nbytes, digest)
 
-    def _staged(self, job: Job, nbytes: int, digest: bytes) -> None:
-        feed, span, dispatch, now = job.feed, job.span, job.feed.dispatch, time.monotonic()
-        block = None
+    def _staged(self, job: Job, blocks: tuple[Block, ...]) -> None:
+        feed, dispatch, now = job.feed, job.feed.dispatch, time.monotonic()
+        parcel = None
         with self.changed:
             feed.gathering = False
             idle = feed.idle
             if dispatch.outcome is not None:
                 self._free(feed, job.region)
             else:
-                kept = self._staging.shrink(job.region, nbytes)
-                self._held[feed.peer] -= job.region.nbytes - kept.nbytes
                 work_s = now - job.started_at
-                self._ratios.encoded(job.codec, span.count * self._layout.layer_token_bytes, nbytes, work_s)
-                seq = dispatch.staged(work_s=work_s, now=now)
-                feed.regions[seq] = kept
-                block = Block(
-                    dispatch.request_id, dispatch.epoch, seq, span.layer, span.start, span.count,
-                    job.codec, kept.offset, nbytes, digest,
-                )  # fmt: skip
-        if block is not None:
-            feed.on_staged(block)
+                seq = dispatch.staged(len(blocks), work_s=work_s, now=now)
+                parcel = Parcel(dispatch.request_id, dispatch.epoch, seq, job.codec, job.region.offset, blocks)
+                kept = feed.regions[seq] = self._staging.shrink(job.region, parcel.nbytes)
+                self._held[feed.peer] -= job.region.nbytes - kept.nbytes
+                raw_bytes = parcel.tokens * self._layout.layer_token_bytes
+                self._ratios.encoded(job.codec, len(blocks), raw_bytes, parcel.nbytes, work_s)
+        if parcel is not None:
+            feed.on_staged(parcel)
         if idle:
             feed.on_idle()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from baton.config_handoff import codecs_allowed
@@ -21,7 +21,7 @@ from baton.errors import Overloaded
 from baton.layout import KVLayout
 from baton.request import TokenEvent
 from kvtransfer.coverage import Coverage, Span
-from kvtransfer.protocol import DIGEST_BYTES, Begin, Block, Commit, Complete
+from kvtransfer.protocol import DIGEST_BYTES, MOST_BLOCKS, Begin, Commit, Complete, Parcel
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,30 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the parcels of one sender may be like."""
+
+    block: Callable[[str, int], int]  # most bytes of so many tokens in a codec; 0 where that cannot be
+    parcel_bytes: int  # of a parcel with several blocks
+
+    def refusal(self, parcel: Parcel) -> str:
+        """What is wrong with what ``parcel`` claims of its blocks; empty when it may be."""
+        if not 0 < len(parcel.blocks) <= MOST_BLOCKS:
+            return f"{len(parcel.blocks)} blocks, at most {MOST_BLOCKS}"
+        for block in parcel.blocks:
+            most = self.block(parcel.codec, block.count)
+            if not 0 < block.nbytes <= most:
+                return f"{block.nbytes} bytes, at most {most}"
+            if len(block.digest) != DIGEST_BYTES:
+                return "no digest"
+        if len(parcel.blocks) > 1 and parcel.nbytes > self.parcel_bytes:
+            return f"{parcel.nbytes} bytes in {len(parcel.blocks)} blocks, at most {self.parcel_bytes}"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
 class Arrived:
-    """One block is in the receiver's pages; times are readings of the receiver's clock."""
+    """One parcel is in the receiver's pages; times are readings of the receiver's clock."""
 
     seq: int
     nbytes: int
@@ -88,7 +110,7 @@ class Lease:
         self._renewed_at = now
         self._coverage = Coverage(layout.layers, tokens)
         self._announced = 0
-        self._pending: dict[int, Block] = {}  # by seq
+        self._pending: dict[int, Parcel] = {}  # by seq
         self._codec_tokens: Counter[str] = Counter()
         self._commit: Commit | None = None
         self._committed_at = 0.0
@@ -106,40 +128,42 @@ class Lease:
         else:
             self.peer, self._dtype, self._renewed_at = peer, dtype, now
 
-    def announce(self, block: Block, now: float, *, max_nbytes: int) -> bool:
-        """True when ``block`` may be fetched; otherwise the handoff is lost, or was over before."""
+    def announce(self, parcel: Parcel, now: float, bounds: Bounds) -> bool:
+        """True when ``parcel`` may be fetched; otherwise the handoff is lost, or was over before."""
         if self.outcome is not None:
             return False
-        reason = self._refusal(block, max_nbytes) or self._coverage.add(Span(block.layer, block.start, block.count))
+        reason = self._refusal(parcel, bounds) or self._covered(parcel)
         if reason:
-            self.lose(f"block {block.seq} refused: {reason}")
+            self.lose(f"parcel {parcel.seq} refused: {reason}")
             return False
         self._announced += 1
-        self._pending[block.seq] = block
+        self._pending[parcel.seq] = parcel
         self._renewed_at = now
         return True
 
-    def _refusal(self, block: Block, max_nbytes: int) -> str:
+    def _refusal(self, parcel: Parcel, bounds: Bounds) -> str:
         if not self.peer:
             return "the handoff has not begun"
         if self._commit is not None:
             return "it follows the commit"
-        if block.seq != self._announced:
+        if parcel.seq != self._announced:
             return f"expected {self._announced}"
-        if block.codec not in self._allowed:
-            return f"codec {block.codec}, reserved {', '.join(self._allowed)}"
-        if not 0 < block.nbytes <= max_nbytes:
-            return f"{block.nbytes} bytes, at most {max_nbytes}"
-        return "" if len(block.digest) == DIGEST_BYTES else "no digest"
+        if parcel.codec not in self._allowed:
+            return f"codec {parcel.codec}, reserved {', '.join(self._allowed)}"
+        return bounds.refusal(parcel)
+
+    def _covered(self, parcel: Parcel) -> str:
+        spans = (Span(block.layer, block.start, block.count) for block in parcel.blocks)
+        return next((reason for span in spans if (reason := self._coverage.add(span))), "")
 
     def landed(self, arrived: Arrived, now: float) -> None:
         if self.outcome is not None:
             return
-        block = self._pending.pop(arrived.seq, None)
-        if block is None:
-            self.lose(f"block {arrived.seq} landed twice")
+        parcel = self._pending.pop(arrived.seq, None)
+        if parcel is None:
+            self.lose(f"parcel {arrived.seq} landed twice")
             return
-        self._codec_tokens[block.codec] += block.count
+        self._codec_tokens[parcel.codec] += parcel.tokens
         self._bytes += arrived.nbytes
         self._work_s += arrived.work_s
         self._fetched_at = max(self._fetched_at, arrived.fetched_at)
@@ -150,9 +174,9 @@ class Lease:
     def commit(self, commit: Commit, now: float) -> None:
         if self.outcome is not None:
             return
-        if not self.peer or self._commit is not None or commit.blocks != self._announced or self._coverage.missing:
+        if not self.peer or self._commit is not None or commit.parcels != self._announced or self._coverage.missing:
             self.lose(
-                f"commit of {commit.blocks} blocks refused: {self._announced} announced, "
+                f"commit of {commit.parcels} parcels refused: {self._announced} announced, "
                 f"{self._coverage.missing} (layer, token) pairs missing"
             )
             return
@@ -281,11 +305,11 @@ class Dispatch:
         self.unstaged += 1
         return True
 
-    def staged(self, *, work_s: float, now: float) -> int:
-        """One span is encoded; returns the sequence number under which to announce it."""
+    def staged(self, spans: int, *, work_s: float, now: float) -> int:
+        """So many spans are encoded into one parcel; returns the sequence number under which to announce it."""
         seq = self.announced
         self.announced += 1
-        self.unstaged -= 1
+        self.unstaged -= spans
         self.unacked.add(seq)
         self.encode_busy_s += work_s
         self.encode_exposed_s = max(0.0, now - self.finished_at)
@@ -296,7 +320,7 @@ class Dispatch:
         if seq in self.unacked:
             self.unacked.discard(seq)
             return True
-        self.lose(f"block {seq} acknowledged, which is not outstanding")
+        self.lose(f"parcel {seq} acknowledged, which is not outstanding")
         return False
 
     def finish(self, first: TokenEvent, now: float) -> None:
@@ -308,7 +332,7 @@ class Dispatch:
         self.first, self.finished_at = first, now
 
     def commit(self, told: int) -> Commit | None:
-        """The commit, once: when the first token is known, all spans are staged and the peer knows of all blocks."""
+        """The commit, once: when the first token is known, all spans are staged and the peer knows of all parcels."""
         if self.outcome is not None or self.first is None or self.unstaged or self.committed:
             return None
         if told != self.announced:

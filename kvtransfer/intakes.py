@@ -11,9 +11,9 @@ from typing import Any
 
 from baton.errors import Unavailable
 from baton.layout import KVLayout
-from kvtransfer.handoff import Arrived, Expired, Landed, Lease, Leases, Limits, Lost
+from kvtransfer.handoff import Arrived, Bounds, Expired, Landed, Lease, Leases, Limits, Lost
 from kvtransfer.landing import Gate, Landing, Write
-from kvtransfer.protocol import Acks, Begin, Block, Commit, Complete, Drop
+from kvtransfer.protocol import Ack, Begin, Commit, Complete, Drop, Parcel
 
 Send = Callable[[object], None]
 
@@ -42,9 +42,9 @@ class Intake:
         self.lease.begin(peer, begin, time.monotonic(), dtype)
         self._settle(self)
 
-    def announce(self, block: Block, *, max_nbytes: int) -> bool:
-        """True when ``block`` is to be fetched."""
-        accepted = self.lease.announce(block, time.monotonic(), max_nbytes=max_nbytes)
+    def announce(self, parcel: Parcel, bounds: Bounds) -> bool:
+        """True when ``parcel`` is to be fetched."""
+        accepted = self.lease.announce(parcel, time.monotonic(), bounds)
         self._settle(self)
         return accepted
 
@@ -52,14 +52,12 @@ class Intake:
         self.lease.commit(commit, time.monotonic())
         self._settle(self)
 
-    def arrived(self, arrived: tuple[Arrived, ...]) -> None:
-        """Blocks of one fetch are in the pages."""
-        if self.lease.outcome is None:
-            seqs, fetch_s = tuple(one.seq for one in arrived), sum(one.fetch_s for one in arrived)
-            self.answer(Acks(self.lease.request_id, self.lease.epoch, seqs, fetch_s, len(self._under_way)))
-        now = time.monotonic()
-        for one in arrived:
-            self.lease.landed(one, now)
+    def arrived(self, arrived: Arrived) -> None:
+        """A parcel is in the pages."""
+        lease = self.lease
+        if lease.outcome is None:
+            self.answer(Ack(lease.request_id, lease.epoch, arrived.seq, arrived.fetch_s, len(self._under_way)))
+        lease.landed(arrived, time.monotonic())
         self._settle(self)
 
     def lose(self, reason: str) -> None:

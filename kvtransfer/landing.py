@@ -1,13 +1,12 @@
-"""The receiver's threads: one per peer pulls announced blocks into landing buffers, one for all verifies, decodes and
-writes them. No thread of one stopped peer delays another peer's blocks, and decoding takes one core at most.
+"""The receiver's threads: one per peer pulls announced parcels into landing buffers, one for all verifies, decodes and
+writes them. No thread of one stopped peer delays another peer's parcels, and decoding takes one core at most.
 
-Blocks that wait together and lie side by side in the peer's memory are fetched, landed and acknowledged together: they
-share what a fetch, a hand-over between threads and a message cost (docs/handoff.md).
+A parcel is fetched and acknowledged as a whole: its blocks share what a fetch, a hand-over between threads and a
+message cost (docs/handoff.md). Each block is verified, and then written, while it is in the core's cache.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -21,19 +20,18 @@ from torch import Tensor
 
 from baton.config_handoff import CODECS
 from baton.layout import DTYPES, KVLayout
-from kvtransfer.arena import BufferPool, Region, aligned
+from kvtransfer.arena import BufferPool, Region
 from kvtransfer.codecs import CodecError, make_codec
 from kvtransfer.codecs.block import TORCH_DTYPES
 from kvtransfer.codecs.paged import PagedCodec
 from kvtransfer.handoff import Arrived
 from kvtransfer.pages import Accelerator, Paged, lane_of, paged_codecs
-from kvtransfer.protocol import Block, block_digest
+from kvtransfer.protocol import Block, Parcel, block_digest
 from kvtransfer.signing import BlockKey
 from kvtransfer.transports import FetchLost, Source
 
 log = logging.getLogger(__name__)
 
-MOST_TOGETHER = 8  # blocks of one fetch: the last ones of a handoff are decoded when all of them are there
 Write: TypeAlias = Callable[[int, int, Tensor, Tensor], None] | Paged
 
 
@@ -72,51 +70,42 @@ class Gate:
 
 @dataclass(slots=True, eq=False)
 class Landing:
-    """Where one handoff's blocks go. The callbacks are called on the landing threads."""
+    """Where one handoff's parcels go. The callbacks are called on the landing threads."""
 
     gate: Gate
     write: Write
-    on_arrived: Callable[[tuple[Arrived, ...]], None]  # of one fetch
+    on_arrived: Callable[[Arrived], None]
     on_lost: Callable[[str], None]
 
     def fail(self, reason: str) -> None:
-        """Loses the handoff; its next block is not written even if that is at hand already."""
+        """Loses the handoff; its next parcel is not written even if that is at hand already."""
         self.gate.close()
         self.on_lost(reason)
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An announced block, and where it goes."""
+    """An announced parcel, and where it goes."""
 
-    block: Block
+    parcel: Parcel
     landing: Landing
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """One fetch: ``run``'s blocks lie in ``region`` as far apart as in the peer's memory."""
+    """A parcel in ``region`` of landing memory."""
 
-    run: tuple[Wanted, ...]
-    wire: KVLayout  # as the sender encoded them
+    wanted: Wanted
+    wire: KVLayout  # as the sender encoded it
     region: Region
     fetch_s: float
     fetched_at: float
 
-    def place(self, wanted: Wanted) -> int:
-        """Where the block begins in landing memory."""
-        return self.region.offset + wanted.block.offset - self.run[0].block.offset
-
-    def share_s(self, wanted: Wanted) -> float:
-        """The block's part of the time that the fetch took."""
-        return self.fetch_s * wanted.block.nbytes / sum(one.block.nbytes for one in self.run)
-
 
 class Lander:
-    """Verifies fetched blocks, decodes them, and writes them in the dtype of ``layout``, whatever their sender's.
+    """Verifies fetched parcels, decodes them, and writes them in the dtype of ``layout``, whatever their sender's.
 
     Blocks in the pages' dtype, in a codec that knows pages, are decoded straight into those that their request says.
-    Its queue is bounded by the landing buffers that it holds.
     """
 
     def __init__(
@@ -129,11 +118,15 @@ class Lander:
         self._codecs = {
             (dtype, name): make_codec(name, replace(layout, dtype=dtype)) for dtype in DTYPES for name in CODECS
         }
-        self._fetched: queue.SimpleQueue[Fetched | None] = queue.SimpleQueue()
+        self._fingerprints = {dtype: replace(layout, dtype=dtype).fingerprint for dtype in DTYPES}
+        # Short: what was fetched long before it is landed has left the cache, and no link is faster than landing.
+        self._fetched: queue.Queue[Fetched | None] = queue.Queue(maxsize=1)
+        self.landed = 0  # blocks
         self._thread = threading.Thread(target=self._run, name="kv-land", daemon=True)
         self._thread.start()
 
     def put(self, fetched: Fetched) -> None:
+        """Waits until the one before has begun to land."""
         self._fetched.put(fetched)
 
     def close(self) -> None:
@@ -147,61 +140,56 @@ class Lander:
 
     def _land_all(self) -> None:
         while (fetched := self._fetched.get()) is not None:
-            arrived: dict[Landing, list[Arrived]] = {}
-            lost: dict[Landing, str] = {}
-            for wanted in fetched.run:
-                match self._landed(fetched, wanted):
-                    case Arrived() as one:
-                        arrived.setdefault(wanted.landing, []).append(one)
-                    case str() as reason:
-                        wanted.landing.gate.close()  # its next block is not written even if that is at hand already
-                        lost.setdefault(wanted.landing, reason)
-            self._pool.give(fetched.region)  # before anybody learns what became of a block
-            for landing, some in arrived.items():
-                landing.on_arrived(tuple(some))
-            for landing, reason in lost.items():
-                landing.on_lost(reason)
+            landing, landed = fetched.wanted.landing, self._landed(fetched)
+            self._pool.give(fetched.region)  # before anybody learns what became of the parcel
+            match landed:
+                case Arrived():
+                    landing.on_arrived(landed)
+                case str():
+                    landing.fail(landed)
 
-    def _landed(self, fetched: Fetched, wanted: Wanted) -> Arrived | str | None:
-        """Lands a block; None when nobody wants it any more, the reason when its handoff is lost over it."""
-        block, started = wanted.block, time.monotonic()
+    def _landed(self, fetched: Fetched) -> Arrived | str | None:
+        """Lands a parcel; None when nobody wants it any more, the reason when its handoff is lost over it."""
+        parcel, started = fetched.wanted.parcel, time.monotonic()
         try:
-            if not self._land(fetched, wanted):
+            if not self._land(fetched):
                 return None
         except CodecError as error:
-            return f"block {block.seq}: {error}"
+            return f"parcel {parcel.seq}: {error}"
         except Exception as error:
-            log.exception("%s: cannot write layer %d", block.request_id, block.layer)
+            log.exception("%s: cannot write parcel %d", parcel.request_id, parcel.seq)
             return f"cannot write: {error}"
-        now, fetch_s = time.monotonic(), fetched.share_s(wanted)
-        return Arrived(block.seq, block.nbytes, fetched.fetched_at, now, fetch_s + now - started, fetch_s)
+        now = time.monotonic()
+        work_s = fetched.fetch_s + now - started
+        return Arrived(parcel.seq, parcel.nbytes, fetched.fetched_at, now, work_s, fetched.fetch_s)
 
-    def _land(self, fetched: Fetched, wanted: Wanted) -> bool:
-        """False when nobody wants the block any more. Raises :class:`CodecError`."""
-        block, landing = wanted.block, wanted.landing
-        data = self._pool.memory.view(fetched.place(wanted), block.nbytes)
-        digest = block_digest(
-            data, request_id=block.request_id, epoch=block.epoch, layout=fetched.wire.fingerprint,
-            layer=block.layer, start=block.start, count=block.count, codec=block.codec, key=self._key,
-        )  # fmt: skip
-        if digest != block.digest:
-            raise CodecError("digest mismatch")
-        write = self._writer(fetched.wire, wanted, data)
-        if not landing.gate.enter():
-            return False
-        try:
-            write()
-        finally:
-            landing.gate.leave()
+    def _land(self, fetched: Fetched) -> bool:
+        """False when nobody wants the parcel any more. Raises :class:`CodecError`."""
+        parcel, landing = fetched.wanted.parcel, fetched.wanted.landing
+        for block, at in parcel.places():
+            data = self._pool.memory.view(fetched.region.offset + at, block.nbytes)
+            digest = block_digest(
+                data, request_id=parcel.request_id, epoch=parcel.epoch, layout=self._fingerprints[fetched.wire.dtype],
+                layer=block.layer, start=block.start, count=block.count, codec=parcel.codec, key=self._key,
+            )  # fmt: skip
+            if digest != block.digest:
+                raise CodecError("digest mismatch")
+            write = self._writer(fetched.wire, parcel.codec, landing.write, block, data)
+            if not landing.gate.enter():
+                return False
+            try:
+                write()
+            finally:
+                landing.gate.leave()
+            self.landed += 1
         return True
 
-    def _writer(self, wire: KVLayout, wanted: Wanted, data: memoryview) -> Callable[[], None]:
+    def _writer(self, wire: KVLayout, codec: str, write: Write, block: Block, data: memoryview) -> Callable[[], None]:
         """What puts a block into its request's pages; decoded before, where its codec does not know pages."""
-        block, write = wanted.block, wanted.landing.write
-        paged = self._paged.get(block.codec) if wire.dtype == self._layout.dtype else None
+        paged = self._paged.get(codec) if wire.dtype == self._layout.dtype else None
         if isinstance(write, Paged) and paged is not None:
             return partial(_decode_there, paged, write, block, data)
-        decoded = self._codecs[wire.dtype, block.codec].decode(data, block.count)
+        decoded = self._codecs[wire.dtype, codec].decode(data, block.count)
         keys, values = (half.to(self._dtype) for half in decoded)
         if isinstance(write, Paged):
             return lambda: write.locate(block.layer, block.start, block.count).scatter(keys, values)
@@ -214,25 +202,22 @@ def _decode_there(codec: PagedCodec, pages: Paged, block: Block, data: memoryvie
 
 
 class Puller:
-    """Fetches one peer's blocks, in order."""
+    """Fetches one peer's parcels, in order."""
 
     def __init__(
         self, source: Source, pool: BufferPool, lander: Lander, wire: KVLayout,
-        *, most_bytes: int, stall_s: float, on_broken: Callable[[str], object], name: str,
+        *, stall_s: float, on_broken: Callable[[str], object], name: str,
     ) -> None:  # fmt: skip
-        """``most_bytes``: of one fetch; at least the largest block's."""
         self._source, self._pool, self._lander, self._wire = source, pool, lander, wire
-        self._most_bytes, self._stall_s = most_bytes, stall_s
-        self._on_broken = on_broken
+        self._stall_s, self._on_broken = stall_s, on_broken
         self._wanted: queue.SimpleQueue[Wanted | None] = queue.SimpleQueue()
-        self._behind: Wanted | None = None  # taken from the queue, and not part of the run before it
         self._stopped = False
         self._unended: list[Callable[[], bool]] = []
         self._thread = threading.Thread(target=self._run, name=f"kv-pull-{name}", daemon=True)
         self._thread.start()
 
-    def pull(self, block: Block, landing: Landing) -> None:
-        self._wanted.put(Wanted(block, landing))
+    def pull(self, parcel: Parcel, landing: Landing) -> None:
+        self._wanted.put(Wanted(parcel, landing))
 
     def carrier(self) -> str:
         """What carries the bytes, as the transport itself says."""
@@ -259,51 +244,28 @@ class Puller:
 
     def _run(self) -> None:
         try:
-            while (first := self._next()) is not None:
-                if not self._stopped and not first.landing.gate.closed:
-                    self._pull(self._run_from(first))
+            while (wanted := self._wanted.get()) is not None:
+                if not self._stopped and not wanted.landing.gate.closed:
+                    self._pull(wanted)
         except Exception as error:
             log.exception("pulling from a peer failed")
             self._stopped = True
             self._on_broken(f"cannot pull: {error}")
 
-    def _next(self) -> Wanted | None:
-        behind, self._behind = self._behind, None
-        return behind or self._wanted.get()
-
-    def _run_from(self, first: Wanted) -> tuple[Wanted, ...]:
-        """``first``, and what was announced by now that lies behind it in the peer's memory, within one fetch."""
-        run, start = [first], first.block.offset
-        with contextlib.suppress(queue.Empty):
-            while len(run) < MOST_TOGETHER:
-                wanted = self._wanted.get_nowait()
-                if wanted is None:
-                    self._wanted.put(None)  # for ``_next``: nothing follows it
-                    break
-                block, last = wanted.block, run[-1].block
-                beside = block.offset == aligned(last.offset + last.nbytes)
-                if not beside or block.offset + block.nbytes - start > self._most_bytes or wanted.landing.gate.closed:
-                    self._behind = wanted
-                    return tuple(run)
-                run.append(wanted)
-        return tuple(run)
-
-    def _pull(self, run: tuple[Wanted, ...]) -> None:
-        start, last = run[0].block.offset, run[-1].block
-        nbytes = last.offset + last.nbytes - start
+    def _pull(self, wanted: Wanted) -> None:
+        nbytes = wanted.parcel.nbytes
         region = self._pool.take(nbytes, timeout_s=self._stall_s)
         if region is None:
-            for wanted in run:
-                wanted.landing.fail(f"no landing buffer became free within {self._stall_s:g} s")
+            wanted.landing.fail(f"no landing buffer became free within {self._stall_s:g} s")
             return
         started = time.monotonic()
         try:
-            self._source.fetch(start, nbytes, region.offset, self._stall_s)
+            self._source.fetch(wanted.parcel.offset, nbytes, region.offset, self._stall_s)
         except FetchLost as error:
             self._give_up(region, error)
             return
         now = time.monotonic()
-        self._lander.put(Fetched(run, self._wire, region, now - started, now))
+        self._lander.put(Fetched(wanted, self._wire, region, now - started, now))
 
     def _give_up(self, region: Region, error: FetchLost) -> None:
         if error.ended is None:

@@ -16,7 +16,7 @@ from baton.request import TokenEvent
 from kvtransfer.coverage import Coverage, Span
 from kvtransfer.encoder import Encoder, Feed, Gather
 from kvtransfer.handoff import Dispatch, Expired, Landed, Lost
-from kvtransfer.protocol import Acks, Begin, Block, Complete, Drop
+from kvtransfer.protocol import Ack, Begin, Complete, Drop, Parcel
 from kvtransfer.route import Route
 from kvtransfer.sender_link import SenderLink
 
@@ -43,9 +43,9 @@ class Outgoing:
         )  # fmt: skip
         self._link: SenderLink | None = None
         self._attached = False
-        self._unsent: deque[Block] = deque()  # staged, and the peer does not know
+        self._unsent: deque[Parcel] = deque()  # staged, and the peer does not know
         self._announcing = False  # a call of ``_announce`` is on its way
-        self._told = 0  # blocks of which the peer knows
+        self._told = 0  # parcels of which the peer knows
         self._over = asyncio.Event()
         self._moved = asyncio.Event()
         encoder.add(self._feed)
@@ -113,9 +113,9 @@ class Outgoing:
         self._send(Begin(self.request_id, self.epoch, self._tokens, self._ticket.codec))
         self._announce()
 
-    def received(self, record: Acks | Complete | Drop) -> None:
+    def received(self, record: Ack | Complete | Drop) -> None:
         match record:
-            case Acks():
+            case Ack():
                 self._encoder.acknowledge(self._feed, record)
                 self._wake()
             case Complete():
@@ -127,9 +127,9 @@ class Outgoing:
                     self._dispatch.lose(f"decode worker: {record.reason}")
         self._settle()
 
-    def _staged(self, block: Block) -> None:
-        """Called on the encoder's thread; many blocks may share one call of the event loop, and one write."""
-        self._unsent.append(block)
+    def _staged(self, parcel: Parcel) -> None:
+        """Called on the encoder's thread; many parcels may share one call of the event loop, and one write."""
+        self._unsent.append(parcel)
         if not self._announcing:
             self._announcing = True
             self._post(self._announce)
@@ -137,9 +137,9 @@ class Outgoing:
     def _announce(self) -> None:
         self._announcing = False  # before looking: what is staged from now on is announced by another call
         if self._attached:
-            blocks = [self._unsent.popleft() for _ in range(len(self._unsent))]
-            self._told += len(blocks)
-            self._send(*blocks)
+            parcels = [self._unsent.popleft() for _ in range(len(self._unsent))]
+            self._told += len(parcels)
+            self._send(*parcels)
         self._advance()
 
     def _advance(self) -> None:

@@ -2,9 +2,9 @@
 
     sender ──Attach──► receiver    who I am, where my staged bytes are; answered by Welcome or Refused
     sender ──Begin───► receiver    the handoff of a ticket starts
-    sender ──Block───► receiver    these encoded bytes are staged: fetch them
-    sender ──Commit──► receiver    that was the last block, and this is the first token
-    sender ◄──Acks──── receiver    these blocks are in my pages; their staging is yours again
+    sender ──Parcel──► receiver    these encoded bytes are staged: fetch them, in one go
+    sender ──Commit──► receiver    that was the last parcel, and this is the first token
+    sender ◄──Ack───── receiver    this parcel is in my pages; its staging is yours again
     sender ◄─Complete─ receiver    every token of every layer is in my pages
     sender ◄──Drop───► receiver    this handoff is over without result
     sender ◄──Alive──► receiver    heartbeat while any handoff is under way
@@ -14,6 +14,7 @@ The sender connects and speaks first. The end of the stream is the failure signa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,13 @@ from baton.request import TokenEvent
 if TYPE_CHECKING:  # as with xxhash below
     from kvtransfer.signing import BlockKey
 
-PROTOCOL = 2
+PROTOCOL = 3
 DIGEST_BYTES = 16
-# Splitting at one MiB of raw KV keeps a block's fetch and decode near a millisecond (docs/adr/0003-landing-buffers.md).
+# At one MiB of raw KV, encoding and decoding a block take near a millisecond (docs/adr/0003-landing-buffers.md).
 BLOCK_RAW_BYTES = 1 << 20
+MOST_BLOCKS = 64  # of one parcel
 GROUP_TOKENS = 128  # of the codecs that share scales along tokens: only a span's last block has a shorter group
+_BLOCK_ALIGN = 64  # more than any codec's integers need
 
 
 def block_tokens(layout: KVLayout) -> int:
@@ -73,6 +76,7 @@ class Welcome:
     generation: str
     decode: tuple[DecodeSpeed, ...] = ()
     probe: Probed | None = None
+    parcel_bytes: int = 0  # most that a parcel of several blocks may take; one block may always be sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,36 +94,65 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """KV of ``count`` tokens from ``start`` in one layer, encoded to ``nbytes`` at ``offset`` of the staging arena."""
+    """KV of ``count`` tokens from ``start`` in one layer, encoded to ``nbytes``."""
 
-    request_id: str
-    epoch: int
-    seq: int  # counts this handoff's blocks from 0, without gaps
     layer: int
     start: int
     count: int
-    codec: str
-    offset: int
     nbytes: int
     digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Blocks in one codec, one behind the other from ``offset`` of the staging arena on."""
+
+    request_id: str
+    epoch: int
+    seq: int  # counts this handoff's parcels from 0, without gaps
+    codec: str
+    offset: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """From the first block's begin to the last one's end."""
+        return sum(aligned(block.nbytes) for block in self.blocks[:-1]) + self.blocks[-1].nbytes if self.blocks else 0
+
+    @property
+    def tokens(self) -> int:
+        """(layer, token) pairs in it."""
+        return sum(block.count for block in self.blocks)
+
+    def places(self) -> Iterator[tuple[Block, int]]:
+        """Every block, and where it begins behind ``offset``."""
+        at = 0
+        for block in self.blocks:
+            yield block, at
+            at += aligned(block.nbytes)
+
+
+def aligned(nbytes: int) -> int:
+    """How far behind a block of ``nbytes`` the next one begins; what lies between means nothing."""
+    return -(-nbytes // _BLOCK_ALIGN) * _BLOCK_ALIGN
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
     request_id: str
     epoch: int
-    blocks: int
+    parcels: int
     first: TokenEvent
-    encode_exposed_s: float  # from the first token until the last block was staged
+    encode_exposed_s: float  # from the first token until the last parcel was staged
     encode_busy_s: float  # gathering, encoding and signing, hidden or not
 
 
 @dataclass(frozen=True, slots=True)
-class Acks:
+class Ack:
     request_id: str
     epoch: int
-    seqs: tuple[int, ...]
-    fetch_s: float = 0.0  # what fetching them took; 0 was not timed
+    seq: int
+    fetch_s: float = 0.0  # what fetching the parcel took; 0 was not timed
     landing: int = 1  # handoffs under way at this receiver, from whomever
 
 
@@ -143,10 +176,10 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    pass
+    landed: int = 0  # blocks, from whomever, by a receiver: where it grows, nobody's parcel is stuck there
 
 
-CONTROL = Registry(Attach, Welcome, Refused, Begin, Block, Commit, Acks, Complete, Drop, Alive)
+CONTROL = Registry(Attach, Welcome, Refused, Begin, Parcel, Commit, Ack, Complete, Drop, Alive)
 
 
 def block_digest(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from baton.errors import ProtocolError, Unavailable
 from baton.frames import FrameStream
 from kvtransfer.arena import BufferPool
+from kvtransfer.handoff import Bounds
 from kvtransfer.intakes import Intake, Intakes
 from kvtransfer.landing import Lander, Puller
 from kvtransfer.link_meter import PROBE_BYTES
@@ -20,10 +21,10 @@ from kvtransfer.protocol import (
     Alive,
     Attach,
     Begin,
-    Block,
     Commit,
     DecodeSpeed,
     Drop,
+    Parcel,
     Probed,
     Refused,
     Welcome,
@@ -33,7 +34,7 @@ from kvtransfer.wire import Wire
 
 log = logging.getLogger(__name__)
 
-FETCHES_IN_POOL = 64  # so many peers may stop at once before a large pool is all in quarantine
+PARCELS_IN_POOL = 64  # so many peers may stop at once, a fetch each, before a large pool is all in quarantine
 
 _peers = itertools.count(1)
 
@@ -85,7 +86,7 @@ class ReceiverLink:
         """Sends a heartbeat while the sender has leases here."""
         if now - self._sent_at >= self._ground.stall_s / 5 and self._ground.intakes.feeds(self.peer):
             try:
-                self._send(Alive())
+                self._send(Alive(self._ground.lander.landed))
             except Unavailable as error:
                 self.close(str(error))
 
@@ -116,16 +117,13 @@ class ReceiverLink:
             ground.worker_id, attach.dtype, attach.worker_id, ground.transport, source.carrier(),
         )  # fmt: skip
         self._wire = ground.wires[attach.dtype]
+        self._bounds = Bounds(self._wire.bound, ground.pool.memory.nbytes // PARCELS_IN_POOL)
         puller = Puller(
-            source, ground.pool, ground.lander, self._wire.layout, most_bytes=self._most_bytes(),
+            source, ground.pool, ground.lander, self._wire.layout,
             stall_s=ground.stall_s, on_broken=self._break, name=attach.worker_id,
         )  # fmt: skip
-        self._send(Welcome(ground.worker_id, ground.generation, ground.speeds, probe))
+        self._send(Welcome(ground.worker_id, ground.generation, ground.speeds, probe, self._bounds.parcel_bytes))
         return puller
-
-    def _most_bytes(self) -> int:
-        """Of one fetch, which is what a peer that stops may keep in quarantine."""
-        return max(self._wire.largest_block, self._ground.pool.memory.nbytes // FETCHES_IN_POOL)
 
     def _connect(self, attach: Attach) -> tuple[Source, Probed | None]:
         """Blocks. The peer's memory, and what fetching from it is like. Raises :class:`FetchLost`."""
@@ -157,7 +155,7 @@ class ReceiverLink:
         return "" if attach.transport == ground.transport else f"transport {attach.transport}, not {ground.transport}"
 
     def _take(self, record: object, puller: Puller) -> None:
-        if not isinstance(record, Begin | Block | Commit | Drop | Alive):
+        if not isinstance(record, Begin | Parcel | Commit | Drop | Alive):
             raise ProtocolError(f"{type(record).__name__} on the receiver's side")
         self._ground.intakes.hear(self.peer)
         if isinstance(record, Alive):
@@ -168,12 +166,12 @@ class ReceiverLink:
         elif isinstance(record, Begin):
             self._send(Drop(record.request_id, record.epoch, f"no lease for epoch {record.epoch}"))
 
-    def _apply(self, record: Begin | Block | Commit | Drop, intake: Intake, puller: Puller) -> None:
+    def _apply(self, record: Begin | Parcel | Commit | Drop, intake: Intake, puller: Puller) -> None:
         match record:
             case Begin():
                 intake.begin(self.peer, record, self._send, self._wire.layout.dtype)
-            case Block():
-                if intake.announce(record, max_nbytes=self._wire.bound(record.codec, record.count)):
+            case Parcel():
+                if intake.announce(record, self._bounds):
                     puller.pull(record, intake.landing)
             case Commit():
                 intake.commit(record)

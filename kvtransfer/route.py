@@ -12,7 +12,7 @@ from dataclasses import replace
 from baton.errors import ProtocolError
 from kvtransfer.chooser import Ahead, Candidate, Link, Load, Speed, pick
 from kvtransfer.link_meter import LinkMeter
-from kvtransfer.protocol import Acks, Welcome
+from kvtransfer.protocol import Ack, Welcome
 
 _RATIO_SHARE = 1 / 8  # of the newest block in a codec's running ratio
 _RATIO_MOVED = 0.01
@@ -29,12 +29,17 @@ class Ratios:
         self._running = {one.name: one.ratio for one in measured}
         self.overhead_s = 0.0  # a block
 
-    def encoded(self, codec: str, raw_bytes: int, nbytes: int, work_s: float) -> None:
-        """One block took ``work_s`` to gather, encode and sign."""
+    def encode_s(self, codec: str, raw_bytes: int) -> float:
+        """What one block should take; 0 where that was not measured."""
+        known = self.candidates.get(codec)
+        return known.encode.seconds(1, raw_bytes) if known is not None else 0.0
+
+    def encoded(self, codec: str, blocks: int, raw_bytes: int, nbytes: int, work_s: float) -> None:
+        """One parcel of so many blocks took ``work_s`` to gather, encode and sign."""
         known = self.candidates.get(codec)
         if known is None:
             return
-        beyond_s = min(_MOST_OVERHEAD_S, max(0.0, work_s - known.encode.seconds(1, raw_bytes)))
+        beyond_s = min(_MOST_OVERHEAD_S, max(0.0, work_s - known.encode.seconds(blocks, raw_bytes)) / blocks)
         self.overhead_s += _OVERHEAD_SHARE * (beyond_s - self.overhead_s)
         running = self._running[codec] = self._running[codec] + _RATIO_SHARE * (
             raw_bytes / nbytes - self._running[codec]
@@ -52,6 +57,7 @@ class Route:
         self._decode: dict[str, Speed] = {}  # empty: as fast as this machine
         self._seen: dict[str, tuple[Candidate, Candidate]] = {}  # as measured here, and with the receiver's speed
         self._landing = 1
+        self.parcel_bytes = 0  # as the receiver said
 
     @property
     def link(self) -> Link:
@@ -66,15 +72,15 @@ class Route:
         for start_s, bytes_per_s in said:
             if not (0.0 <= start_s < math.inf and 0.0 < bytes_per_s < math.inf):
                 raise ProtocolError(f"Welcome: {start_s} s and {bytes_per_s} bytes per second")
-        self._decode = speeds
+        self._decode, self.parcel_bytes = speeds, welcome.parcel_bytes
         self._seen.clear()
         if welcome.probe is not None:
             self._meter.probed(Link(welcome.probe.bytes_per_s, welcome.probe.latency_s))
 
-    def acknowledged(self, acks: Acks, nbytes: int) -> None:
-        """Blocks of ``nbytes`` in all have landed there."""
-        self._landing = max(1, acks.landing)
-        self._meter.fetched(nbytes, acks.fetch_s)
+    def acknowledged(self, ack: Ack, nbytes: int) -> None:
+        """A parcel of ``nbytes`` has landed there."""
+        self._landing = max(1, ack.landing)
+        self._meter.fetched(nbytes, ack.fetch_s)
 
     def pick(self, allowed: Collection[str], ahead: Ahead, load: Load) -> str | None:
         """The codec for one block; None when none of ``allowed`` was measured at both ends."""

@@ -12,7 +12,7 @@ from typing import Protocol
 from baton.errors import ProtocolError, Unavailable
 from baton.frames import FrameStream
 from baton.secure import ClusterKey
-from kvtransfer.protocol import CONTROL, Acks, Alive, Attach, Complete, Drop, Refused, Welcome
+from kvtransfer.protocol import CONTROL, Ack, Alive, Attach, Complete, Drop, Refused, Welcome
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ class Rider(Protocol):
 
     @property
     def unacknowledged(self) -> bool:
-        """Blocks are announced for which no acknowledgement came yet."""
+        """Parcels are announced for which no acknowledgement came yet."""
 
     def joined(self, link: SenderLink) -> None: ...
     def attached(self) -> None: ...
-    def received(self, record: Acks | Complete | Drop) -> None: ...
+    def received(self, record: Ack | Complete | Drop) -> None: ...
     def lose(self, reason: str) -> None: ...
 
 
@@ -51,6 +51,7 @@ class SenderLink:
         self._dismissed: list[Drop] = []
         self.broken = False  # takes no more handoffs
         self._heard_at = self._progress_at = self._sent_at = time.monotonic()
+        self._landed = 0  # what the peer last said
         self._task = asyncio.create_task(self._run(), name=f"kv-link-{host}:{port}")
 
     def add(self, rider: Rider) -> None:
@@ -96,7 +97,7 @@ class SenderLink:
         if now - self._heard_at >= self._stall_s:
             self._cut(f"decode worker silent for {now - self._heard_at:.1f} s")
         elif now - self._progress_at >= self._stall_s:
-            self._cut(f"decode worker took no block for {now - self._progress_at:.1f} s")
+            self._cut(f"decode worker took no parcel for {now - self._progress_at:.1f} s")
 
     async def close(self) -> None:
         self._task.cancel()
@@ -152,14 +153,15 @@ class SenderLink:
     def _take(self, record: object) -> None:
         self._heard_at = time.monotonic()
         match record:
-            case Acks() | Complete() | Drop():
-                if isinstance(record, Acks):
+            case Ack() | Complete() | Drop():
+                if isinstance(record, Ack):
                     self._progress_at = self._heard_at
                 rider = self._riders.get((record.request_id, record.epoch))
                 if rider is not None:  # else it ended here first, and its last messages crossed
                     rider.received(record)
             case Alive():
-                pass
+                if record.landed != self._landed:  # a parcel takes it long, but it is at work
+                    self._landed, self._progress_at = record.landed, self._heard_at
             case _:
                 raise ProtocolError(f"{type(record).__name__} on the sender's side")
 

@@ -27,7 +27,7 @@ from baton.request import TokenEvent, Work
 from baton.secure import load_key
 from baton.tasks import Jobs
 from engine.build import build_engine
-from engine.cache import KVCache
+from engine.cache import KVCache, Locate
 from engine.device_pages import device_pages
 from engine.engine import BROKEN, Chunk, Engine
 from engine.loop import EngineLoop
@@ -50,6 +50,7 @@ class _Job:
     outgoing: Outgoing
     first: asyncio.Future[tuple[Report, TokenEvent]]
     pages: tuple[int, ...] = field(default=())
+    locate: Locate | None = None  # in ``pages``; None where several ranks hold the heads
     written: dict[int, Callable[[], None]] = field(default_factory=dict)  # by layer; on a GPU: waits for its KV
 
 
@@ -191,12 +192,11 @@ class PrefillWorker:
         request_id = message.work.request_id
 
         def gather(layer: int, start: int, count: int) -> tuple[Tensor, Tensor] | Rows:
-            cache = self._engine.cache
-            if self._on_device is None:
-                at = (layer, job.pages, start, count)
-                return Rows(*cache.locate(*at)) if isinstance(cache, KVCache) else cache.gather(*at)
-            job.written[layer]()
-            return Rows(*self._on_device.locate(layer, job.pages, start, count))
+            if job.locate is None:
+                return self._engine.cache.gather(layer, job.pages, start, count)
+            if self._on_device is not None:
+                job.written[layer]()
+            return Rows(*job.locate(layer, start, count))
 
         outgoing = self._sender.open(
             message.ticket, tokens=len(message.work.known), budget_s=message.work.budget_s, gather=gather
@@ -220,10 +220,15 @@ class PrefillWorker:
         for chunk in chunks:
             job = self._jobs.get(chunk.request_id)
             if job is not None:
-                job.pages = chunk.pages
+                if chunk.pages is not job.pages:
+                    job.locate, job.pages = self._locator(chunk.pages), chunk.pages
                 if written is not None:
                     job.written[layer] = written
                 job.outgoing.push(layer, chunk.start, chunk.count)
+
+    def _locator(self, pages: tuple[int, ...]) -> Locate | None:
+        cache = self._engine.cache
+        return cache.locator(pages) if isinstance(cache, KVCache) else None
 
     def _computed(self, events: list[TokenEvent]) -> None:
         self._events.call_soon_threadsafe(self._deliver, [(self._report(event), event) for event in events])

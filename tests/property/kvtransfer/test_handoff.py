@@ -18,11 +18,12 @@ from baton.layout import KVLayout
 from baton.request import TokenEvent
 from kvtransfer.arena import ALIGN, Arena
 from kvtransfer.coverage import Coverage, Span
-from kvtransfer.handoff import Arrived, Dispatch, Landed, Leases, Limits
-from kvtransfer.protocol import Acks, Begin, Block, Commit, Complete, Drop
+from kvtransfer.handoff import Arrived, Bounds, Dispatch, Landed, Leases, Limits
+from kvtransfer.protocol import Ack, Begin, Block, Commit, Complete, Drop, Parcel
 
 LAYOUT = KVLayout("m", 2, 1, 8, "float32")
 LIMITS = Limits(lease_s=20.0, stall_s=5.0)
+BOUNDS = Bounds(lambda codec, count: 64, 2 * ALIGN)
 TOKENS, CREDITS, BUDGET_S = 4, 3, 60.0
 WHOLE = {(layer, token) for layer in range(LAYOUT.layers) for token in range(TOKENS)}
 
@@ -101,21 +102,25 @@ class Handoffs(RuleBasedStateMachine):
         self.settle_sender(name)
 
     @precondition(lambda self: any(self.queued.values()))
-    @rule(data=st.data(), wild=st.integers(0, 20))
-    def encode(self, data, wild):
-        self._encode(data.draw(st.sampled_from(sorted(name for name, spans in self.queued.items() if spans))), wild)
+    @rule(data=st.data(), wild=st.integers(0, 20), most=st.integers(1, 2))
+    def encode(self, data, wild, most):
+        name = data.draw(st.sampled_from(sorted(name for name, spans in self.queued.items() if spans)))
+        self._encode(name, wild, most)
 
-    def _encode(self, name, wild):
-        region = self.staging.allocate(ALIGN)
+    def _encode(self, name, wild, most):
+        """A parcel of up to ``most`` blocks."""
+        spans = list(self.queued[name])[:most]
+        region = self.staging.allocate(len(spans) * ALIGN)
         if region is None:
             return
-        span = self.queued[name].popleft()
-        seq = self.dispatches[name].staged(work_s=0.1, now=self.now)
+        for _ in spans:
+            self.queued[name].popleft()
+        seq = self.dispatches[name].staged(len(spans), work_s=0.1, now=self.now)
         self.regions[name][seq] = region
-        block = Block(name, 1, seq, span.layer, span.start, span.count, "raw", region.offset, 64, b"d" * 16)
+        blocks = [Block(span.layer, span.start, span.count, 64, b"d" * 16) for span in spans]
         if wild == 0:
-            block = dataclasses.replace(block, layer=block.layer ^ 1)
-        self.to_receiver.append(block)
+            blocks[0] = dataclasses.replace(blocks[0], layer=blocks[0].layer ^ 1)
+        self.to_receiver.append(Parcel(name, 1, seq, "raw", region.offset, tuple(blocks)))
         self.told[name] += 1
 
     @precondition(lambda self: self.dispatches)
@@ -136,10 +141,9 @@ class Handoffs(RuleBasedStateMachine):
         if dispatch is None or dispatch.outcome is not None:
             return
         match record:
-            case Acks():
-                for seq in record.seqs:
-                    if dispatch.ack(seq):
-                        self.staging.free(self.regions[record.request_id].pop(seq))
+            case Ack():
+                if dispatch.ack(record.seq):
+                    self.staging.free(self.regions[record.request_id].pop(record.seq))
             case Complete():
                 dispatch.complete(record)
                 assert isinstance(dispatch.outcome, Landed)
@@ -160,8 +164,8 @@ class Handoffs(RuleBasedStateMachine):
             match record:
                 case Begin():
                     lease.begin(self.peer, record, self.now)
-                case Block():
-                    if lease.announce(record, self.now, max_nbytes=64):
+                case Parcel():
+                    if lease.announce(record, self.now, BOUNDS):
                         self.fetching.append(record)
                 case Commit():
                     lease.commit(record, self.now)
@@ -172,8 +176,8 @@ class Handoffs(RuleBasedStateMachine):
     @precondition(lambda self: self.fetching)
     @rule(wild=st.integers(0, 12))
     def fetch(self, wild):
-        block = self.fetching[0]
-        region = self.landing.allocate(block.nbytes)
+        parcel = self.fetching[0]
+        region = self.landing.allocate(parcel.nbytes)
         if region is None:
             return
         self.fetching.popleft()
@@ -182,25 +186,26 @@ class Handoffs(RuleBasedStateMachine):
             self.aborted.append(region)
             self.lose_link()
         else:
-            self.fetched.append((block, region))
+            self.fetched.append((parcel, region))
 
     @precondition(lambda self: self.fetched)
     @rule(corrupt=st.integers(0, 15))
     def land(self, corrupt):
-        block, region = self.fetched.popleft()
+        parcel, region = self.fetched.popleft()
         self.landing.free(region)
-        entry = self.held.get(block.request_id)
+        entry = self.held.get(parcel.request_id)
         if entry is None or entry["lease"].outcome is not None:
             return  # the gate is closed
         lease = entry["lease"]
         if corrupt == 0:
             lease.lose("digest mismatch")
         else:
-            pairs = {(block.layer, token) for token in range(block.start, block.start + block.count)}
-            assert not pairs & entry["written"]
-            entry["written"] |= pairs
-            self.to_sender.append(Acks(block.request_id, 1, (block.seq,)))
-            lease.landed(Arrived(block.seq, block.nbytes, self.now, self.now, 0.1), self.now)
+            for block in parcel.blocks:
+                pairs = {(block.layer, token) for token in range(block.start, block.start + block.count)}
+                assert not pairs & entry["written"]
+                entry["written"] |= pairs
+            self.to_sender.append(Ack(parcel.request_id, 1, parcel.seq))
+            lease.landed(Arrived(parcel.seq, parcel.nbytes, self.now, self.now, 0.1), self.now)
         self.settle_receiver(lease)
 
     @precondition(lambda self: self.held)
@@ -222,12 +227,12 @@ class Handoffs(RuleBasedStateMachine):
             for name in self.dispatches:
                 self._push_or_finish(name, wild=15)
                 if self.queued[name]:
-                    self._encode(name, wild=20)
+                    self._encode(name, wild=20, most=2)
                 self._commit(name)
             if self.to_receiver:
                 self.hear_sender(4)
-            while self.fetching and self.landing.used_bytes + self.landing.quarantined_bytes < 3 * ALIGN:
-                self.fetch(12)
+            for _ in range(len(self.fetching)):
+                self.fetch(12)  # as far as there is room
             while self.fetched:
                 self.land(15)
             while self.to_sender:
@@ -271,9 +276,10 @@ class Handoffs(RuleBasedStateMachine):
 
     @invariant()
     def buffers_are_held_by_somebody(self):
-        assert self.landing.used_bytes == ALIGN * len(self.fetched)
-        assert self.landing.quarantined_bytes == ALIGN * len(self.aborted)
-        assert self.staging.used_bytes == ALIGN * sum(len(held) for held in self.regions.values())
+        assert self.landing.used_bytes == sum(region.nbytes for _, region in self.fetched)
+        assert self.landing.quarantined_bytes == sum(region.nbytes for region in self.aborted)
+        staged = [region for held in self.regions.values() for region in held.values()]
+        assert self.staging.used_bytes == sum(region.nbytes for region in staged)
         assert self.leases.active <= CREDITS
 
     def teardown(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import multiprocessing
 import os
@@ -19,6 +20,8 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+
+from kvtransfer.protocol import Parcel
 
 PEER = Path(__file__).with_name("peer.py")
 LAYOUT = {"model": "m", "layers": 4, "kv_heads": 2, "head_dim": 32, "dtype": "float32"}
@@ -314,3 +317,16 @@ def standing_ends(request: pytest.FixtureRequest, tls: dict[str, str]) -> Iterat
 def ends(standing_ends: Ends) -> Iterator[Ends]:
     yield standing_ends
     standing_ends.reset()
+
+
+@pytest.fixture
+def alter():
+    """A parcel of one block with changes to it and, where they are the block's, to that."""
+
+    def alter(parcel, changes):
+        own = changes.keys() & {field.name for field in dataclasses.fields(Parcel)}
+        (block,) = parcel.blocks
+        block = dataclasses.replace(block, **{name: changes[name] for name in changes.keys() - own})
+        return dataclasses.replace(parcel, blocks=(block,), **{name: changes[name] for name in own})
+
+    return alter

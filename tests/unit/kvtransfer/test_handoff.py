@@ -11,8 +11,8 @@ from baton.errors import Overloaded
 from baton.layout import KVLayout
 from baton.request import TokenEvent
 from kvtransfer.coverage import Coverage, Span
-from kvtransfer.handoff import Arrived, Dispatch, Expired, Landed, Lease, Leases, Limits, Lost
-from kvtransfer.protocol import Begin, Block, Commit, Complete
+from kvtransfer.handoff import Arrived, Bounds, Dispatch, Expired, Landed, Lease, Leases, Limits, Lost
+from kvtransfer.protocol import MOST_BLOCKS, Begin, Block, Commit, Complete, Parcel
 
 LAYOUT = KVLayout("m", 2, 1, 8, "float32")
 LIMITS = Limits(lease_s=10.0, stall_s=2.0)
@@ -20,12 +20,20 @@ FIRST = TokenEvent("r", 0, 42)
 BEGIN = Begin("r", 1, 8, "raw")
 
 
-def block(seq, layer, start=0, count=8, **changes):
-    return dataclasses.replace(Block("r", 1, seq, layer, start, count, "raw", 0, 64, b"d" * 16), **changes)
+BOUNDS = Bounds(lambda codec, count: 64, 256)
 
 
-def commit(blocks=2):
-    return Commit("r", 1, blocks, FIRST, 0.25, 0.5)
+def block(layer, start=0, count=8, nbytes=64, digest=b"d" * 16):
+    return Block(layer, start, count, nbytes, digest)
+
+
+def parcel(seq, *layers, codec="raw", **changes):
+    """Of one block a layer, each of them changed."""
+    return Parcel("r", 1, seq, codec, 0, tuple(block(layer, **changes) for layer in layers))
+
+
+def commit(parcels=2):
+    return Commit("r", 1, parcels, FIRST, 0.25, 0.5)
 
 
 def arrived(seq, fetched_at=1.0, landed_at=2.0):
@@ -43,12 +51,12 @@ def sending(lease):
     return lease
 
 
-def announce(lease, *blocks):
-    return [lease.announce(one, 0.0, max_nbytes=64) for one in blocks]
+def announce(lease, *parcels):
+    return [lease.announce(one, 0.0, BOUNDS) for one in parcels]
 
 
 def test_a_lease_lands_when_the_last_block_does(sending):
-    assert announce(sending, block(0, 0), block(1, 1)) == [True, True]
+    assert announce(sending, parcel(0, 0), parcel(1, 1)) == [True, True]
     sending.landed(arrived(1, fetched_at=3.0, landed_at=9.0), 9.0)
     sending.commit(commit(), 5.0)
     assert sending.outcome is None
@@ -59,7 +67,7 @@ def test_a_lease_lands_when_the_last_block_does(sending):
 
 
 def test_what_landed_before_the_commit_was_hidden(sending):
-    announce(sending, block(0, 0), block(1, 1))
+    announce(sending, parcel(0, 0), parcel(1, 1))
     for seq in (0, 1):
         sending.landed(arrived(seq), 2.0)
     sending.commit(commit(), 5.0)
@@ -70,16 +78,20 @@ def test_what_landed_before_the_commit_was_hidden(sending):
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (block(1, 0), "expected 0"),
-        (block(0, 2), "layer 2 of 2"),
-        (block(0, -1), "layer -1 of 2"),
-        (block(0, 0, start=1), r"tokens \[1, 9\) of 8"),
-        (block(0, 0, count=0), r"tokens \[0, 0\) of 8"),
-        (block(0, 0, start=-1), r"tokens \[-1, 7\) of 8"),
-        (block(0, 0, codec="int8"), "codec int8, reserved raw"),
-        (block(0, 0, nbytes=65), "65 bytes, at most 64"),
-        (block(0, 0, nbytes=0), "0 bytes"),
-        (block(0, 0, digest=b"short"), "no digest"),
+        (parcel(1, 0), "expected 0"),
+        (parcel(0, 2), "layer 2 of 2"),
+        (parcel(0, -1), "layer -1 of 2"),
+        (parcel(0, 0, start=1), r"tokens \[1, 9\) of 8"),
+        (parcel(0, 0, count=0), r"tokens \[0, 0\) of 8"),
+        (parcel(0, 0, start=-1), r"tokens \[-1, 7\) of 8"),
+        (parcel(0, 0, codec="int8"), "codec int8, reserved raw"),
+        (parcel(0, 0, nbytes=65), "65 bytes, at most 64"),
+        (parcel(0, 0, nbytes=0), "0 bytes"),
+        (parcel(0, 0, digest=b"short"), "no digest"),
+        (parcel(0), f"0 blocks, at most {MOST_BLOCKS}"),
+        (parcel(0, *range(MOST_BLOCKS + 1)), f"{MOST_BLOCKS + 1} blocks, at most"),
+        (parcel(0, 0, 0), r"layer 0 overlap"),
+        (parcel(0, 0, 1, 0, 1, 0), "320 bytes in 5 blocks, at most 256"),
     ],
 )
 def test_a_wrong_block_loses_the_handoff(sending, wrong, reason):
@@ -92,10 +104,10 @@ def test_a_wrong_block_loses_the_handoff(sending, wrong, reason):
 def test_auto_takes_any_codec_that_the_floor_allows(floor, refused):
     lease = Lease("r", 1, layout=LAYOUT, tokens=8, codec="auto", floor=floor, budget_s=9.0, limits=LIMITS, now=0.0)
     lease.begin(7, dataclasses.replace(BEGIN, codec="auto"), 0.0)
-    assert announce(lease, block(0, 0, count=3), block(1, 0, 3, 5, codec="lossless")) == [True, True]
+    assert announce(lease, parcel(0, 0, count=3), parcel(1, 0, start=3, count=5, codec="lossless")) == [True, True]
     lease.landed(arrived(1), 1.0)
     lease.landed(arrived(0), 1.0)
-    assert announce(lease, block(2, 1, codec=refused)) == [False]
+    assert announce(lease, parcel(2, 1, codec=refused)) == [False]
     assert lease.outcome is not None
     assert f"codec {refused}, reserved raw, lossless" in lease.outcome.reason
 
@@ -103,7 +115,7 @@ def test_auto_takes_any_codec_that_the_floor_allows(floor, refused):
 def test_what_landed_says_which_codec_carried_how_much():
     lease = Lease("r", 1, layout=LAYOUT, tokens=8, codec="auto", floor="exact", budget_s=9.0, limits=LIMITS, now=0.0)
     lease.begin(7, dataclasses.replace(BEGIN, codec="auto"), 0.0)
-    announce(lease, block(0, 0, count=3), block(1, 0, 3, 5, codec="lossless"), block(2, 1))
+    announce(lease, parcel(0, 0, count=3), parcel(1, 0, start=3, count=5, codec="lossless"), parcel(2, 1))
     lease.commit(commit(3), 0.0)
     for seq in range(3):
         lease.landed(arrived(seq), 1.0)
@@ -112,14 +124,14 @@ def test_what_landed_says_which_codec_carried_how_much():
 
 
 def test_a_block_needs_a_beginning_and_precedes_the_commit(lease):
-    assert announce(lease, block(0, 0)) == [False]
-    assert lease.outcome == Lost("block 0 refused: the handoff has not begun")
+    assert announce(lease, parcel(0, 0)) == [False]
+    assert lease.outcome == Lost("parcel 0 refused: the handoff has not begun")
     late = Lease("r", 1, layout=LAYOUT, tokens=8, codec="raw", budget_s=9.0, limits=LIMITS, now=0.0)
     late.begin(7, BEGIN, 0.0)
-    announce(late, block(0, 0), block(1, 1))
+    announce(late, parcel(0, 0), parcel(1, 1))
     late.commit(commit(), 0.0)
-    assert announce(late, block(2, 0)) == [False]
-    assert late.outcome == Lost("block 2 refused: it follows the commit")
+    assert announce(late, parcel(2, 0)) == [False]
+    assert late.outcome == Lost("parcel 2 refused: it follows the commit")
 
 
 def test_an_outcome_is_final(sending):
@@ -129,7 +141,7 @@ def test_an_outcome_is_final(sending):
     sending.landed(arrived(0), 1.0)
     sending.tick(1e9)
     sending.lose("second")
-    assert announce(sending, block(0, 0)) == [False]
+    assert announce(sending, parcel(0, 0)) == [False]
     assert sending.outcome == Lost("first")
 
 
@@ -145,16 +157,16 @@ def test_a_lease_begins_once(sending):
 
 
 def test_a_commit_must_cover_everything(sending):
-    announce(sending, block(0, 0), block(1, 1, count=7))
+    announce(sending, parcel(0, 0), parcel(1, 1, count=7))
     sending.commit(commit(), 0.0)
-    assert sending.outcome == Lost("commit of 2 blocks refused: 2 announced, 1 (layer, token) pairs missing")
+    assert sending.outcome == Lost("commit of 2 parcels refused: 2 announced, 1 (layer, token) pairs missing")
 
 
 def test_a_block_lands_once(sending):
-    announce(sending, block(0, 0))
+    announce(sending, parcel(0, 0))
     sending.landed(arrived(0), 1.0)
     sending.landed(arrived(0), 1.0)
-    assert sending.outcome == Lost("block 0 landed twice")
+    assert sending.outcome == Lost("parcel 0 landed twice")
 
 
 def test_time_runs_out_in_three_ways(lease):
@@ -236,11 +248,11 @@ def push_all(dispatch):
 
 def test_a_dispatch_commits_once_everything_is_staged_and_told(dispatch):
     push_all(dispatch)
-    assert dispatch.staged(work_s=0.5, now=1.0) == 0
+    assert dispatch.staged(1, work_s=0.5, now=1.0) == 0
     assert dispatch.commit(1) is None
     dispatch.finish(FIRST, 2.0)
     assert dispatch.commit(1) is None
-    assert dispatch.staged(work_s=0.5, now=3.0) == 1
+    assert dispatch.staged(1, work_s=0.5, now=3.0) == 1
     assert dispatch.commit(1) is None
     assert dispatch.commit(2) == Commit("r", 1, 2, FIRST, 1.0, 1.0)
     assert dispatch.commit(2) is None
@@ -259,7 +271,7 @@ def test_a_dispatch_commits_once_everything_is_staged_and_told(dispatch):
 def test_encoding_that_ends_before_the_first_token_is_hidden(dispatch):
     push_all(dispatch)
     for now in (1.0, 2.0):
-        dispatch.staged(work_s=0.5, now=now)
+        dispatch.staged(1, work_s=0.5, now=now)
     dispatch.finish(FIRST, 3.0)
     committed = dispatch.commit(2)
     assert committed is not None
@@ -292,7 +304,7 @@ def test_finishing_early_or_twice_loses_the_handoff(dispatch):
 
 def test_an_answer_that_does_not_fit_loses_the_handoff(dispatch):
     push_all(dispatch)
-    dispatch.staged(work_s=0.0, now=0.0)
+    dispatch.staged(1, work_s=0.0, now=0.0)
     assert not dispatch.ack(1)
     assert "not outstanding" in dispatch.outcome.reason
     early = Dispatch("r", 1, Coverage(2, 8), expires_at=100.0)

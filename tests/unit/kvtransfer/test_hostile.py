@@ -22,7 +22,7 @@ from kvtransfer.handoff import Landed, Lost
 from kvtransfer.protocol import (
     CONTROL,
     PROTOCOL,
-    Acks,
+    Ack,
     Alive,
     Attach,
     Begin,
@@ -30,6 +30,7 @@ from kvtransfer.protocol import (
     Commit,
     Complete,
     Drop,
+    Parcel,
     Refused,
     Welcome,
     block_digest,
@@ -58,13 +59,13 @@ class Hostile:
         base = Attach(PROTOCOL, "x", "gx", "gd", LAYOUT.family, LAYOUT.dtype, "loopback", self.exporter.address())
         return dataclasses.replace(base, **changes)
 
-    def block(self, seq, signed_layer, **changes):
+    def parcel(self, seq, signed_layer):
         digest = block_digest(
             self.memory.view(0, self.nbytes), request_id="r", epoch=1, layout=LAYOUT.fingerprint,
             layer=signed_layer, start=0, count=TOKENS, codec="raw",
         )  # fmt: skip
-        base = Block("r", 1, seq, signed_layer, 0, TOKENS, "raw", 0, self.nbytes, digest)
-        return dataclasses.replace(base, **changes)
+        block = Block(signed_layer, 0, TOKENS, self.nbytes, digest)
+        return Parcel("r", 1, seq, "raw", 0, (block,))
 
     async def connect(self):
         return await FrameStream.connect("127.0.0.1", self.receiver.port, CONTROL, timeout_s=1.0)
@@ -98,13 +99,13 @@ def test_who_speaks_by_the_book_is_served():
     async def run():
         async with receiving() as (receiver, hostile, written):
             stream = await hostile.welcome()
-            for record in (Begin("r", 1, TOKENS, "raw"), hostile.block(0, 0), hostile.block(1, 1)):
+            for record in (Begin("r", 1, TOKENS, "raw"), hostile.parcel(0, 0), hostile.parcel(1, 1)):
                 stream.send(record)
             stream.send(Commit("r", 1, 2, FIRST, 0.0, 0.0))
             assert isinstance(await receiver.outcome("r"), Landed)
             assert written == [0, 1]
             answers = [await stream.receive() for _ in range(3)]
-            assert [type(answer) for answer in answers] == [Acks, Acks, Complete]
+            assert [type(answer) for answer in answers] == [Ack, Ack, Complete]
             await stream.close()
 
     asyncio.run(run())
@@ -164,12 +165,12 @@ def test_who_does_not_fit_is_refused_with_the_reason(change, reason):
         (3, 0, {}, "expected 0"),
     ],
 )
-def test_a_block_that_lies_is_lost_and_never_written(seq, layer, change, reason):
+def test_a_parcel_that_lies_is_lost_and_never_written(alter, seq, layer, change, reason):
     async def run():
         async with receiving() as (receiver, hostile, written):
             stream = await hostile.welcome()
             stream.send(Begin("r", 1, TOKENS, "raw"))
-            stream.send(hostile.block(seq, layer, **change))
+            stream.send(alter(hostile.parcel(seq, layer), change))
             lost = await receiver.outcome("r")
             assert isinstance(lost, Lost)
             assert reason in lost.reason
@@ -184,17 +185,17 @@ def test_one_sender_cannot_touch_the_lease_of_another():
         async with receiving() as (receiver, hostile, written):
             mine, other = await hostile.welcome(), await hostile.welcome()
             mine.send(Begin("r", 1, TOKENS, "raw"))
-            mine.send(hostile.block(0, 0))
-            assert isinstance(await mine.receive(), Acks)
-            for record in (hostile.block(1, 1), Commit("r", 1, 2, FIRST, 0, 0), Drop("r", 1, "mine now")):
+            mine.send(hostile.parcel(0, 0))
+            assert isinstance(await mine.receive(), Ack)
+            for record in (hostile.parcel(1, 1), Commit("r", 1, 2, FIRST, 0, 0), Drop("r", 1, "mine now")):
                 other.send(record)
             other.send(Begin("r", 1, TOKENS, "raw"))
             assert isinstance(await other.receive(), Drop)
-            mine.send(hostile.block(1, 1))
+            mine.send(hostile.parcel(1, 1))
             mine.send(Commit("r", 1, 2, FIRST, 0.0, 0.0))
             assert isinstance(await receiver.outcome("r"), Landed)
             assert written == [0, 1]
-            other.send(Acks("r", 1, (0,)))  # not a sender's record
+            other.send(Ack("r", 1, 0))  # not a sender's record
             assert await other.receive() is None
             await asyncio.gather(mine.close(), other.close())
 
@@ -247,7 +248,7 @@ WELCOME = Welcome("d", "gd")
         ([Alive()], "Alive instead of Welcome"),
         ([WELCOME], "decode worker"),  # and then silence
         ([WELCOME, Begin("r", 1, 4, "raw")], "Begin on the sender's side"),
-        ([WELCOME, Acks("r", 1, (7,))], "not outstanding"),
+        ([WELCOME, Ack("r", 1, 7)], "not outstanding"),
         ([WELCOME, Complete("r", 1, 0.0, 0.0, 0.0, 1)], "completed a handoff that is not"),
         ([WELCOME, Drop("r", 1, "full")], "decode worker: full"),
         ([WELCOME, Drop("r", 2, "other epoch"), Drop("q", 1, "other request")], "decode worker"),

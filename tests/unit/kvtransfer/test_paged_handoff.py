@@ -64,13 +64,13 @@ class End:
     def gather(self, layer, start, count):
         if self.device is None:
             return self.cache.gather(layer, self.pages, start, count)
-        return Rows(*self.device.locate(layer, self.pages, start, count))
+        return Rows(*self.device.locator(self.pages)(layer, start, count))
 
     def write(self) -> Write:
         if self.device is None:
             return lambda layer, start, keys, values: self.cache.scatter(layer, self.pages, start, keys, values)
         device = self.device
-        return Paged(lambda layer, start, count: Rows(*device.locate(layer, self.pages, start, count)))
+        return Paged(lambda layer, start, count: Rows(*device.locator(self.pages)(layer, start, count)))
 
     def fill(self, kv):
         for layer, values in enumerate(kv):

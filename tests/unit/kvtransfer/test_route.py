@@ -8,7 +8,7 @@ import pytest
 from baton.errors import ProtocolError
 from kvtransfer.chooser import Ahead, Candidate, Link, Load, Speed
 from kvtransfer.link_meter import UNMEASURED
-from kvtransfer.protocol import Acks, DecodeSpeed, Probed, Welcome
+from kvtransfer.protocol import Ack, DecodeSpeed, Probed, Welcome
 from kvtransfer.route import Ratios, Route
 
 QUICK, SLOW = Speed(0.0, 1e11), Speed(0.0, 1e7)
@@ -51,7 +51,7 @@ def test_acknowledgements_move_the_link_and_the_receivers_load(route):
     route.welcomed(Welcome("d", "g", SPEEDS, Probed(0.0, 1e10)))
     assert pick(route) == "raw"
     for _ in range(12):
-        route.acknowledged(Acks("r", 1, (0,), fetch_s=0.1, landing=3), 1_000_000)
+        route.acknowledged(Ack("r", 1, 0, fetch_s=0.1, landing=3), 1_000_000)
     assert route.link == Link(pytest.approx(1e7), 0.0)
     assert pick(route) == "int8"
 
@@ -60,7 +60,7 @@ def test_a_decoder_that_lands_for_others_too_counts_as_slow(route):
     slow = (SPEEDS[0], DecodeSpeed("lossless", 0.0, 1.2e7))
     route.welcomed(Welcome("d", "g", slow, Probed(0.0, 1e7)))
     assert pick(route) == "lossless"  # 0.83 s to decode all, against a second for raw's wire
-    route.acknowledged(Acks("r", 1, (0,), landing=3), 1000)
+    route.acknowledged(Ack("r", 1, 0, landing=3), 1000)
     assert pick(route) == "raw"
 
 
@@ -70,17 +70,17 @@ def test_what_every_block_takes_beside_its_codec_makes_codecs_alike():
     route.welcomed(Welcome("d", "g", SPEEDS, Probed(0.0, 5e8)))
     assert pick(route, "raw", "lossless") == "lossless"  # 13 ms of wire, where raw has 20
     for _ in range(100):
-        ratios.encoded("raw", 1_000_000, 1_000_000, 3e-3)
+        ratios.encoded("raw", 2, 2_000_000, 2_000_000, 6e-3)
     assert ratios.overhead_s == pytest.approx(3e-3, rel=0.02)
     assert pick(route, "raw", "lossless") == "raw"  # 30 ms to encode anything
-    ratios.encoded("raw", 1_000_000, 1_000_000, 9.0)
+    ratios.encoded("raw", 1, 1_000_000, 1_000_000, 9.0)
     assert ratios.overhead_s < 4e-3  # one block that waited for a core
 
 
 def test_a_receiver_that_did_not_probe_is_assumed_near(route):
     route.welcomed(Welcome("d", "g"))
     assert route.link == UNMEASURED
-    route.acknowledged(Acks("r", 1, (0,), landing=-5), 1000)  # neither timed nor plausible
+    route.acknowledged(Ack("r", 1, 0, landing=-5), 1000)  # neither timed nor plausible
     assert route.link == UNMEASURED
 
 
@@ -105,16 +105,16 @@ def test_ratios_follow_what_blocks_really_took():
     route = Route(ratios)
     route.welcomed(Welcome("d", "g", SPEEDS, SLOW_LINK))
     for _ in range(60):
-        ratios.encoded("lossless", 1000, 200, 0.0)
+        ratios.encoded("lossless", 1, 1000, 200, 0.0)
     assert ratios.candidates["lossless"].ratio == pytest.approx(5.0, rel=0.02)
     assert pick(route) == "lossless"
-    ratios.encoded("never measured", 1000, 100, 1.0)
+    ratios.encoded("never measured", 1, 1000, 100, 1.0)
     assert set(ratios.candidates) == {one.name for one in HERE}
 
 
 def test_a_ratio_that_hardly_moves_is_left_alone():
     ratios = Ratios(HERE)
     before = dict(ratios.candidates)
-    ratios.encoded("lossless", 1500, 1000, 0.0)
+    ratios.encoded("lossless", 1, 1500, 1000, 0.0)
     assert ratios.candidates == before
     assert dataclasses.replace(HERE[1]) == before["lossless"]

@@ -23,12 +23,15 @@ from kvtransfer.protocol import (
     CONTROL,
     DIGEST_BYTES,
     PROTOCOL,
+    Ack,
     Alive,
     Attach,
     Begin,
     Block,
     Commit,
+    Parcel,
     Welcome,
+    aligned,
     block_digest,
 )
 from kvtransfer.receiver import Receiver
@@ -143,16 +146,22 @@ class Member:
         self.receiver, self._key = receiver, BlockKey(KEY)
         self.memory = HostMemory(4096)
         self.exporter = make_exporter("loopback", self.memory, name="x", host="", ucx_tls="")
+        self.nbytes = make_codec("raw", LAYOUT).bound(TOKENS)
+        self.step = aligned(self.nbytes)
         for layer in range(LAYOUT.layers):
-            into = self.memory.view(layer * 1024, 1024)
-            self.nbytes = make_codec("raw", LAYOUT).encode(kv(layer), kv(layer), into)
+            make_codec("raw", LAYOUT).encode(kv(layer), kv(layer), self.memory.view(layer * self.step, self.nbytes))
 
     def block(self, layer):
         digest = block_digest(
-            self.memory.view(layer * 1024, self.nbytes), request_id="r", epoch=1, layout=LAYOUT.fingerprint,
+            self.memory.view(layer * self.step, self.nbytes), request_id="r", epoch=1, layout=LAYOUT.fingerprint,
             layer=layer, start=0, count=TOKENS, codec="raw", key=self._key,
         )  # fmt: skip
-        return Block("r", 1, layer, layer, 0, TOKENS, "raw", layer * 1024, self.nbytes, digest)
+        return Block(layer, 0, TOKENS, self.nbytes, digest)
+
+    def parcel(self, seq, *layers):
+        """``layers`` follow each other."""
+        blocks = tuple(self.block(layer) for layer in layers)
+        return Parcel("r", 1, seq, "raw", layers[0] * self.step, blocks)
 
     async def begin(self):
         stream = await FrameStream.connect("127.0.0.1", self.receiver.port, CONTROL, timeout_s=2.0, key=KEY)
@@ -176,7 +185,7 @@ class Member:
         ({"seq": 1}, "expected 0"),
         ({"codec": "lossless"}, "codec lossless"),
         ({"offset": 64}, "digest mismatch"),
-        ({"offset": 1024}, "digest mismatch"),  # the genuine bytes of the other layer
+        ({"offset": 256}, "digest mismatch"),  # the genuine bytes of the other layer
         ({"nbytes": 128}, "digest mismatch"),
         ({"digest": bytes(DIGEST_BYTES)}, "digest mismatch"),
         ({"digest": b""}, "no digest"),
@@ -184,16 +193,16 @@ class Member:
         ({"epoch": 2}, "unheard"),
     ],
 )
-async def test_every_field_of_a_block_is_bound(change, lost):
+async def test_every_field_of_a_parcel_is_bound(alter, change, lost):
     async with receiving() as (receiver, _, _, written):
         member = Member(receiver)
         stream = await member.begin()
-        stream.send(dataclasses.replace(member.block(0), **change))
+        stream.send(alter(member.parcel(0, 0), change))
         if lost == "unheard":  # another request's, or another attempt's: it changes nothing here
             stream.send(Commit("r", 1, 0, FIRST, 0.0, 0.0))
-            lost = "commit of 0 blocks refused: 0 announced"
+            lost = "commit of 0 parcels refused: 0 announced"
         elif not lost:
-            stream.send(member.block(1))
+            stream.send(member.parcel(1, 1))
             stream.send(Commit("r", 1, 2, FIRST, 0.0, 0.0))
             assert isinstance(await receiver.outcome("r"), Landed)
             assert torch.equal(written[0, 0], kv(0))
@@ -206,12 +215,38 @@ async def test_every_field_of_a_block_is_bound(change, lost):
         await stream.close()
 
 
+async def test_blocks_of_one_parcel_land_together():
+    async with receiving() as (receiver, _, _, written):
+        member = Member(receiver)
+        stream = await member.begin()
+        stream.send(member.parcel(0, 0, 1))
+        stream.send(Commit("r", 1, 1, FIRST, 0.0, 0.0))
+        assert isinstance(await receiver.outcome("r"), Landed)
+        assert all(torch.equal(written[layer, 0], kv(layer)) for layer in (0, 1))
+        assert await stream.receive() == Ack("r", 1, 0, fetch_s=pytest.approx(0.5, abs=0.5), landing=1)
+        await stream.close()
+
+
+async def test_a_wrong_block_is_not_written_and_loses_the_handoff_behind_a_right_one():
+    async with receiving() as (receiver, _, _, written):
+        member = Member(receiver)
+        stream = await member.begin()
+        announced = member.parcel(0, 0, 1)
+        member.memory.view(member.step, 1)[:] = b"x"
+        stream.send(announced)
+        outcome = await receiver.outcome("r")
+        assert isinstance(outcome, Lost)
+        assert "parcel 0: digest mismatch" in outcome.reason
+        assert set(written) == {(0, 0)}
+        await stream.close()
+
+
 async def test_bytes_that_fit_an_open_digest_do_not_fit_a_keyed_one():
     """Somebody on the data path replaces the bytes, and would have to replace the digest too."""
     async with receiving() as (receiver, _, _, written):
         member = Member(receiver)
         stream = await member.begin()
-        announced = member.block(0)
+        announced = member.parcel(0, 0)
         member.memory.view(0, 4)[:] = b"evil"
         stream.send(announced)
         outcome = await receiver.outcome("r")
