@@ -107,8 +107,8 @@ def _table(
 
     allowed = {one.codec.name for one in choice.estimates}
     raw = next(one for one in candidates if one.name == "raw")
-    table = Table(header_style="bold", pad_edge=False, box=None)
-    table.add_column("codec")
+    table = Table(header_style="bold", pad_edge=False, box=None, collapse_padding=True)
+    table.add_column("codec", no_wrap=True)
     for heading in ("floor", "ratio", "encode", "wire", "decode", "an end", "exposed", "beats raw"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in sorted(
@@ -149,8 +149,7 @@ def _ends(transport: str, ends: Ends) -> Text:
     moving = f"with sending ({each(ends.send)}) and fetching ({each(ends.fetch)})"
     if transport != "tcp":
         moving = f"without moving bytes: what that takes them over {transport}, workers see when they do it"
-    count = f"{ends.sender_cores:g} processor{'' if ends.sender_cores == 1 else 's'}"
-    return Text(f"an end: what the {count} of the busier end have to do, {moving}; raw is beaten below the last column")
+    return Text(f"an end: all work of the busier end over its {ends.sender_cores:g} cores, {moving}")
 
 
 def _layout(settings: Config) -> KVLayout:

@@ -78,7 +78,6 @@ class Ahead:
     backlog_bytes: int = 0  # encoded for the same receiver, not fetched yet
     prefill_s: float = 0.0  # until the last block is computed
     slack_s: float = math.inf  # until the deadline
-    overhead_s: float = 0.0  # of the encoder, for each block, beside what its codec takes
     together_s: float = 0.0  # A: blocks that are encoded within it are fetched at once
 
 
@@ -178,7 +177,6 @@ def _stages(codec: Candidate, link: Link, ahead: Ahead, load: Load, ends: Ends) 
     encode_s = n * encode.block_s + raw / encode.bytes_per_s
     together = int(min(MOST_TOGETHER, max(1.0, ahead.together_s * n / encode_s)))
     fetches = -(-n // together)
-    encode_s += n * ahead.overhead_s
     decode_s = n * decode.block_s + raw / decode.bytes_per_s
     sender_s = load.encode * (encode_s + fetches * send.block_s + wire / send.bytes_per_s) / ends.sender_cores
     receiver_s = load.decode * (decode_s + fetches * fetch.block_s + wire / fetch.bytes_per_s) / ends.receiver_cores

@@ -78,6 +78,7 @@ class Feed:
             backlog_bytes=backlog_bytes,
             prefill_s=pace_s * coverage.missing,
             slack_s=self.dispatch.expires_at - now,
+            together_s=_PARCEL_S,
         )
 
 
@@ -90,6 +91,7 @@ class Job:
     codec: str
     region: Region
     started_at: float
+    started_cpu_s: float  # of the encoder's thread
 
 
 class Encoder:
@@ -204,7 +206,7 @@ class Encoder:
         feed.gathering = True
         if not feed.spans:
             del self._waiting[feed]
-        return Job(feed, spans, codec, region, now)
+        return Job(feed, spans, codec, region, now, time.thread_time())
 
     def _together(self, feed: Feed, codec: str, room: int) -> Iterator[Span]:
         """The feed's next span, and those behind it that fit the rest of a parcel; takes them out of its queue."""
@@ -286,7 +288,8 @@ class Encoder:
                 kept = feed.regions[seq] = self._staging.shrink(job.region, parcel.nbytes)
                 self._held[feed.peer] -= job.region.nbytes - kept.nbytes
                 raw_bytes = parcel.tokens * self._layout.layer_token_bytes
-                self._ratios.encoded(job.codec, len(blocks), raw_bytes, parcel.nbytes, work_s)
+                cpu_s = time.thread_time() - job.started_cpu_s
+                self._ratios.encoded(job.codec, len(blocks), raw_bytes, parcel.nbytes, cpu_s)
         if parcel is not None:
             feed.on_staged(parcel)
         if idle:

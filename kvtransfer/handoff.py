@@ -90,7 +90,8 @@ class Arrived:
     fetched_at: float
     landed_at: float
     work_s: float  # fetching, verifying, decoding and writing it
-    fetch_s: float = 0.0  # fetching alone
+    fetch_s: float = 0.0  # fetching alone, without waiting for a processor
+    fetch_cpu_s: float = 0.0
 
 
 class Lease:

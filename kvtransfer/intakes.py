@@ -56,7 +56,8 @@ class Intake:
         """A parcel is in the pages."""
         lease = self.lease
         if lease.outcome is None:
-            self.answer(Ack(lease.request_id, lease.epoch, arrived.seq, arrived.fetch_s, len(self._under_way)))
+            landing = len(self._under_way)
+            self.answer(Ack(lease.request_id, lease.epoch, arrived.seq, arrived.fetch_s, landing, arrived.fetch_cpu_s))
         lease.landed(arrived, time.monotonic())
         self._settle(self)
 

@@ -25,6 +25,7 @@ from kvtransfer.codecs import CodecError, make_codec
 from kvtransfer.codecs.block import TORCH_DTYPES
 from kvtransfer.codecs.paged import PagedCodec
 from kvtransfer.handoff import Arrived
+from kvtransfer.link_probe import Spent, timed_fetch
 from kvtransfer.pages import Accelerator, Paged, lane_of, paged_codecs
 from kvtransfer.protocol import Block, Parcel, block_digest
 from kvtransfer.signing import BlockKey
@@ -98,7 +99,7 @@ class Fetched:
     wanted: Wanted
     wire: KVLayout  # as the sender encoded it
     region: Region
-    fetch_s: float
+    spent: Spent
     fetched_at: float
 
 
@@ -160,8 +161,9 @@ class Lander:
             log.exception("%s: cannot write parcel %d", parcel.request_id, parcel.seq)
             return f"cannot write: {error}"
         now = time.monotonic()
-        work_s = fetched.fetch_s + now - started
-        return Arrived(parcel.seq, parcel.nbytes, fetched.fetched_at, now, work_s, fetched.fetch_s)
+        spent = fetched.spent
+        work_s = spent.wall_s + now - started
+        return Arrived(parcel.seq, parcel.nbytes, fetched.fetched_at, now, work_s, spent.link_s, spent.cpu_s)
 
     def _land(self, fetched: Fetched) -> bool:
         """False when nobody wants the parcel any more. Raises :class:`CodecError`."""
@@ -258,14 +260,12 @@ class Puller:
         if region is None:
             wanted.landing.fail(f"no landing buffer became free within {self._stall_s:g} s")
             return
-        started = time.monotonic()
         try:
-            self._source.fetch(wanted.parcel.offset, nbytes, region.offset, self._stall_s)
+            spent = timed_fetch(self._source, wanted.parcel.offset, nbytes, region.offset, self._stall_s)
         except FetchLost as error:
             self._give_up(region, error)
             return
-        now = time.monotonic()
-        self._lander.put(Fetched(wanted, self._wire, region, now - started, now))
+        self._lander.put(Fetched(wanted, self._wire, region, spent, time.monotonic()))
 
     def _give_up(self, region: Region, error: FetchLost) -> None:
         if error.ended is None:

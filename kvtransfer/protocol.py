@@ -76,6 +76,7 @@ class Welcome:
     generation: str
     decode: tuple[DecodeSpeed, ...] = ()
     probe: Probed | None = None
+    cores: float = 0.0  # processors of this process; 0 is not known
     parcel_bytes: int = 0  # most that a parcel of several blocks may take; one block may always be sent
 
 
@@ -152,8 +153,9 @@ class Ack:
     request_id: str
     epoch: int
     seq: int
-    fetch_s: float = 0.0  # what fetching the parcel took; 0 was not timed
+    fetch_s: float = 0.0  # what fetching the parcel took, without waiting for a processor; 0 was not timed
     landing: int = 1  # handoffs under way at this receiver, from whomever
+    fetch_cpu_s: float = 0.0  # of the thread that fetched it
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from kvtransfer.intakes import Intake, Intakes
 from kvtransfer.landing import Lander, Puller
 from kvtransfer.link_meter import PROBE_BYTES
 from kvtransfer.link_probe import probe_link
+from kvtransfer.processor import cores
 from kvtransfer.protocol import (
     PROTOCOL,
     Alive,
@@ -122,7 +123,9 @@ class ReceiverLink:
             source, ground.pool, ground.lander, self._wire.layout,
             stall_s=ground.stall_s, on_broken=self._break, name=attach.worker_id,
         )  # fmt: skip
-        self._send(Welcome(ground.worker_id, ground.generation, ground.speeds, probe, self._bounds.parcel_bytes))
+        self._send(
+            Welcome(ground.worker_id, ground.generation, ground.speeds, probe, cores(), self._bounds.parcel_bytes)
+        )
         return puller
 
     def _connect(self, attach: Attach) -> tuple[Source, Probed | None]:

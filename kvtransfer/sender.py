@@ -80,7 +80,7 @@ class Sender:
             self._unpin = self._accelerator.pin(self._staging.memory, "handoff.staging_bytes")
         names = codecs_within(self.config.quality_floor)
         measured = await asyncio.to_thread(measure_codecs, self.layout, names, accelerator=self._accelerator)
-        self._ratios = Ratios(measured)
+        self._ratios = Ratios(measured, self._exporter.sending)
         block_key = BlockKey(self._key) if self._key else None
         self._encoder = Encoder(self.layout, self._staging, self._ratios, block_key, self._accelerator)
         self._ticker = asyncio.create_task(self._tick())
