@@ -51,7 +51,11 @@ def test_the_tree_of_a_configuration_gives_it_again() -> None:
         ({"decode": {"kv_tokens": 8}}, "decode", "less than one page of 16 tokens"),
         ({"decode": {"kv_tokens": 1024}}, "(top level)", "cannot hold one model.max_context of 2048"),
         ({"decode": {"cpus": 0}}, "decode.cpus", "greater than 0"),
-        ({"handoff": {"transport": "carrier"}}, "handoff.transport", "'tcp', 'gloo', 'nccl' or 'loopback'; got 'carrier'"),
+        (
+            {"handoff": {"transport": "carrier"}},
+            "handoff.transport",
+            "'tcp', 'gloo', 'nccl' or 'loopback'; got 'carrier'",
+        ),
         ({"handoff": {"transport": "tcp", "tls": {"cert": "c.pem"}}}, "handoff.tls", "missing: key, ca"),
         (
             {"handoff": {"transport": "nixl", "tls": {"cert": "c", "key": "k", "ca": "a"}}},
