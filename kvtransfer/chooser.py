@@ -3,14 +3,15 @@
     V    raw bytes still to go, in n blocks     r      a codec's compression ratio
     E    seconds to encode all of them          B, l   the link's bytes per second, and seconds per fetch
     D    seconds to decode and write them       K      bytes encoded before and not fetched yet
-    P    seconds until prefill is done          m      fetches: blocks encoded within A seconds share one
+    P    seconds until prefill is done          m      fetches
     S    processor seconds to send them         c      processors of the sending process
     F    processor seconds to fetch them        d      processors of the receiving process
     s, f of those, for each byte on the wire    W = m l + V / (r B)
 
-Encode, wire and decode run at once, each on the blocks of one fetch, and prefill runs beside them. Where an end has
-processors enough its stages do not disturb each other; where it has few, what it has to do in all takes it that long.
-From now the last block has landed after
+Blocks that are encoded within A seconds share a fetch where they wait for the encoder, which is where E is more than P;
+where prefill is slower, each is encoded as it comes and fetched alone. Encode, wire and decode run at once, each on the
+blocks of one fetch, and prefill runs beside them. Where an end has processors enough its stages do not disturb each
+other; where it has few, what it has to do in all takes it that long. From now the last block has landed after
 
     T = (E + W + D) / m + max(P, (1 - 1/m) E, K/B + (1 - 1/m) W, (1 - 1/m) D, X, Y)
     X = ((1 - 1/m) (E + S) + K s) / c           Y = ((1 - 1/m) (D + F) + K f) / d
@@ -78,7 +79,7 @@ class Ahead:
     backlog_bytes: int = 0  # encoded for the same receiver, not fetched yet
     prefill_s: float = 0.0  # until the last block is computed
     slack_s: float = math.inf  # until the deadline
-    together_s: float = 0.0  # A: blocks that are encoded within it are fetched at once
+    together_s: float = 0.0  # A: blocks that wait for the encoder and are encoded within it are fetched at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,9 @@ def _stages(codec: Candidate, link: Link, ahead: Ahead, load: Load, ends: Ends) 
     encode, decode, send, fetch = codec.encode, codec.decode, ends.send, ends.fetch
     wire = raw / codec.ratio
     encode_s = n * encode.block_s + raw / encode.bytes_per_s
-    together = int(min(MOST_TOGETHER, max(1.0, ahead.together_s * n / encode_s)))
+    together = 1
+    if load.encode * encode_s > ahead.prefill_s:
+        together = int(min(MOST_TOGETHER, max(1.0, ahead.together_s * n / encode_s)))
     fetches = -(-n // together)
     decode_s = n * decode.block_s + raw / decode.bytes_per_s
     sender_s = load.encode * (encode_s + fetches * send.block_s + wire / send.bytes_per_s) / ends.sender_cores

@@ -43,6 +43,15 @@ def test_what_prefill_hides_costs_nothing():
     assert raw.exposed_s == pytest.approx(8e-3, rel=1e-2)
 
 
+def test_blocks_that_prefill_brings_one_by_one_are_fetched_one_by_one():
+    quick = Candidate("raw", 1.0, Speed(0.0, 10e9), FREE)
+    shared = dataclasses.replace(TEN_MB, together_s=1e-3)  # all ten are encoded within it
+    assert total_s(quick, FAST, shared) == pytest.approx(2e-3, rel=1e-2)  # one fetch, which passes as a whole
+    hidden = dataclasses.replace(shared, prefill_s=1.0)
+    assert total_s(quick, FAST, hidden) == pytest.approx(1.0 + 0.2e-3, rel=1e-5)  # the last block alone
+    assert choose([quick, HALF], FAST, hidden, Load()).codec == "raw"
+
+
 def test_what_is_queued_for_the_wire_delays_every_codec():
     behind = dataclasses.replace(TEN_MB, backlog_bytes=12_500_000)
     assert total_s(RAW, ahead=behind) - total_s(RAW) == pytest.approx(0.1)
