@@ -32,9 +32,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvtransfer.protocol import MOST_BLOCKS
+
 STEP_PRICE = 0.01  # each step down the quality floors has to save this share of the time
 SLOWEST, FASTEST = 1e4, 1e13  # bytes per second between which break-evens are looked for
-MOST_TOGETHER = 64  # blocks of one fetch
 _STEPS_PER_DECADE = 20
 _BISECTIONS = 40
 
@@ -178,7 +179,7 @@ def _stages(codec: Candidate, link: Link, ahead: Ahead, load: Load, ends: Ends) 
     encode_s = n * encode.block_s + raw / encode.bytes_per_s
     together = 1
     if load.encode * encode_s > ahead.prefill_s:
-        together = int(min(MOST_TOGETHER, max(1.0, ahead.together_s * n / encode_s)))
+        together = int(min(MOST_BLOCKS, max(1.0, ahead.together_s * n / encode_s)))
     fetches = -(-n // together)
     decode_s = n * decode.block_s + raw / decode.bytes_per_s
     sender_s = load.encode * (encode_s + fetches * send.block_s + wire / send.bytes_per_s) / ends.sender_cores
