@@ -26,7 +26,7 @@ from baton.config_routing import RoutingConfig, Strategy
 from bench.report import FOLDER, save
 from placement import roofline, traces
 from placement.cluster import Cluster, Pool
-from placement.cost import CostModel, StepShape
+from placement.cost import CostModel
 from placement.hardware import Hardware
 from placement.linear import LinearCost
 from placement.model_shape import ModelShape
@@ -117,7 +117,7 @@ def _mean_s(cost: CostModel, workload: Workload) -> float:
     for arrival in workload.arrivals[:1000]:
         starts = range(0, arrival.prompt_tokens, size)
         chunks = [(start, min(size, arrival.prompt_tokens - start)) for start in starts]
-        totals.append(sum(cost.step_s(StepShape((chunk,), ())) for chunk in chunks))
+        totals.append(sum(cost.sum_s((chunk,), 0, 0) for chunk in chunks))
     return sum(totals) / len(totals)
 
 

@@ -38,7 +38,7 @@ from placement.search import Found, enough, exhaustive, search, with_help
 from placement.simulator import simulate
 from placement.spaces import gpu_space
 from placement.synthetic import ObservedLengths, Poisson, draw
-from placement.tables import convert
+from placement.tables import Tables, convert
 from placement.workload import Workload
 
 CONVERSATIONS = Slo(0.5, 0.03)  # of the 70B-shaped model
@@ -128,13 +128,14 @@ def _small(instance: tuple[int, Slo]) -> dict[str, Any]:
 def large(gpus: int = 64, pipeline: bool = False) -> None:
     """Seconds of a search for the 70B-shaped model: wall, and CPU of all processes, half of which the wall cannot beat.
 
-    From the kernel tables on: making the cost models is part of it.
+    From the converted kernel tables on, as ``baton plan`` has them: making the cost models is part of it.
     """
+    tables = convert(DATA / "h200")
     wall_s, cpu_s = time.perf_counter(), _cpu_s()
-    space, trace = _h200("llama-3.1-70b", pipeline=pipeline), _conversations()
+    space, trace = _h200("llama-3.1-70b", tables, pipeline=pipeline), _conversations()
     requests = enough(space, gpus, trace, CONVERSATIONS)
     with ProcessPoolExecutor(PROCESSES) as executor:
-        found = search(space, gpus, Trial(trace, CONVERSATIONS, requests), mapper=executor.map, progress=print)
+        found = search(space, gpus, Trial(trace, CONVERSATIONS, requests), executor=executor, progress=print)
     row = {
         "gpus": gpus, "requests a trial": requests, "processes": PROCESSES,
         "wall_s": time.perf_counter() - wall_s, "cpu_s": _cpu_s() - cpu_s, "tried": found.tried,
@@ -154,15 +155,16 @@ def _toy(tp: int, prefill_token_s: float, context_token_s: float, transfer_token
 @app.command()
 def seventy(gpus: int = 32, requests: int = 4000, pipeline: bool = False) -> None:
     """A 70B-shaped model on 32 H200 for the Azure conversations: the plan against co-location and equal halves."""
-    space, trial = _h200("llama-3.1-70b", pipeline=pipeline), Trial(_conversations(), CONVERSATIONS, requests)
+    space = _h200("llama-3.1-70b", convert(DATA / "h200"), pipeline=pipeline)
+    trial = Trial(_conversations(), CONVERSATIONS, requests)
     wall_s, cpu_s = time.perf_counter(), _cpu_s()
     with ProcessPoolExecutor(PROCESSES) as executor:
-        found = search(space, gpus, trial, mapper=executor.map, progress=print)
+        found = search(space, gpus, trial, executor=executor, progress=print)
         halves = _halves(found, gpus)
         rates = executor.map(partial(_goodput, trial), halves)
         goodput, (half, _) = max(zip(rates, halves, strict=True), key=lambda pair: pair[0])
         labels = {"model": "llama-3.1-70b", "hardware": "h200-sxm"}
-        made = plans.make(with_help(found.best[0], trial), found, trial, labels, mapper=executor.map)
+        made = plans.make(with_help(found.best[0], trial), found, trial, labels, executor=executor)
     even = plans.Alternative("equal halves: " + half.title, gpus, goodput)
     made = replace(made, alternatives=(*made.alternatives, even))
     print("\n".join(made.story()))
@@ -189,9 +191,8 @@ def _goodput(trial: Trial, half: tuple[Composition, float]) -> float:
     return rate_at(improve(half[0].cluster, trial, guess=half[1]))
 
 
-def _h200(model: str, *, pipeline: bool) -> Space:
-    shape, tables = ModelShape.load(model), convert(DATA / "h200")
-    gap_s = CONVERSATIONS.tpot_s
+def _h200(model: str, tables: Tables, *, pipeline: bool) -> Space:
+    shape, gap_s = ModelShape.load(model), CONVERSATIONS.tpot_s
     return gpu_space(shape, Hardware.load("h200-sxm"), tables, longest=8192, gap_s=gap_s, pipeline=pipeline)
 
 

@@ -7,7 +7,7 @@ lengths of the Azure conversations, Poisson arrivals, TTFT 250 ms, TPOT 100 ms, 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,6 @@ import numpy as np
 from placement import traces
 from placement.cluster import Cluster
 from placement.composition import Composition, Space, Way
-from placement.cost import StepShape
 from placement.fits import OptFit
 from placement.goodput import Trial, climb, decode_alone, improve, prefill_alone, rate_at
 from placement.outcome import Outcome, Slo
@@ -54,8 +53,8 @@ class Unbounded:
     def gpus(self) -> int:
         return self.fit.gpus
 
-    def step_s(self, step: StepShape) -> float:
-        return self.fit.step_s(StepShape(step.chunks, () if step.chunks else step.contexts))
+    def sum_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_sum: int) -> float:
+        return self.fit.sum_s(chunks, *((0, 0) if chunks else (batch, context_sum)))
 
     def decode_step_s(self, batch: int, context_sum: int) -> float:
         return self.fit.decode_step_s(batch, context_sum)
@@ -136,7 +135,7 @@ def honest(requests: int = 5000) -> dict[str, Any]:
         for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))
     )
     with ProcessPoolExecutor() as executor:
-        found = search(Space(ways, ways, ways), 4, trial, mapper=executor.map)
+        found = search(Space(ways, ways, ways), 4, trial, executor=executor)
     return {
         "requests": requests,
         "best": {s.composition.title: s.per_gpu for s in found.best},

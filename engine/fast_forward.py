@@ -1,9 +1,16 @@
-"""Runs of plain decode steps taken as a whole, for callers that need no block tables: simulators."""
+"""Decodes taken as one, for callers that need no block tables: simulators.
+
+A batch of decodes changes little from step to step: every sequence has one token more, and whose last page is full
+takes another. So what a step needs to know of them, how many they are, the sum of their contexts, who takes a page when
+and who is done when, is kept as sums (:class:`_Batch`) from when they join until they leave, and a sequence itself is
+told of its steps only when somebody looks at it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from engine.pages import PagePool
 from engine.scheduler import Scheduler
@@ -12,21 +19,114 @@ from engine.sequence import Job, Sequence, Slice, Timing
 
 @dataclass(frozen=True, slots=True)
 class DecodeRun:
-    """The next ``steps`` steps give one token to each of ``contexts``'s sequences and do nothing else.
+    """The next ``steps`` steps give one token to each of ``decodes`` sequences and do nothing else.
 
-    ``contexts`` are the tokens that each sequence's query attends to in the first of them; each grows by one a step.
+    ``context`` is the sum of the tokens that their queries attend to in the first of them.
     """
 
-    contexts: tuple[int, ...]
+    decodes: int
+    context: int
     steps: int
 
 
-class FastForward(Scheduler):
-    """A scheduler that can also be told of many steps at once. Everything ends as if it had been told of each.
+@dataclass(frozen=True, slots=True)
+class MixedStep:
+    """One step: ``decodes`` sequences, as in :class:`DecodeRun`, and ``slices``."""
 
-    While a run goes on its sequences are told nothing: how many steps they are behind is one number for all of them,
-    and how many pages these took follows from how full their last ones were.
-    """
+    decodes: int
+    context: int
+    slices: tuple[Slice, ...]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Decodes that run. Time is the number of steps they were given; ``joined`` says when each was last told of it."""
+
+    page_tokens: int
+    now: int = 0
+    context: int = 0  # sum of their known tokens
+    paid: int = 0  # pages are there for all steps before this one
+    joined: dict[Sequence, int] = field(default_factory=dict)
+    fills: list[int] = field(default_factory=list)  # how many take a page before the n-th step, modulo a page's tokens
+    ends: list[tuple[int, tuple[int, int], Sequence]] = field(default_factory=list)  # a heap of when they are done
+    fresh: list[Sequence] = field(default_factory=list)  # without a first token from here
+    pages: list[int] = field(default_factory=list)  # taken for steps that sequences have not been told of
+
+    def __post_init__(self) -> None:
+        self.fills = [0] * self.page_tokens
+
+    def join(self, sequence: Sequence) -> None:
+        """``sequence`` decodes from the next step on; its pages have room for less than a page's tokens."""
+        self.joined[sequence] = self.now
+        self.context += sequence.known
+        self.fills[self._fills_at(sequence)] += 1
+        heappush(self.ends, (self._end(sequence), sequence.rank, sequence))
+        if sequence.first_token_s is None:
+            self.fresh.append(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        self.tell(sequence)
+        self.fills[self._fills_at(sequence)] -= 1
+        self.context -= sequence.known
+        del self.joined[sequence]
+        rest = [entry for entry in self.ends if entry[2] is not sequence]
+        if len(rest) < len(self.ends):
+            heapify(rest)
+            self.ends = rest
+        if sequence in self.fresh:
+            self.fresh.remove(sequence)
+
+    def tell(self, sequence: Sequence) -> None:
+        """Brings ``sequence`` up to now, with its pages for the step under way if there is one."""
+        sequence.known += self.now - self.joined[sequence]
+        sequence.computed = sequence.known - 1
+        self.joined[sequence] = self.now
+        room = sequence.computed + self.paid - self.now
+        for _ in range(len(sequence.pages), -(-room // self.page_tokens)):
+            sequence.pages.append(self.pages.pop())
+
+    def wanted(self, until: int) -> int:
+        """Pages that steps before ``until`` need and that were not taken yet."""
+        rounds, rest = divmod(until - self.paid, self.page_tokens)
+        first = self.paid % self.page_tokens
+        some = self.fills[first : first + rest] + self.fills[: max(0, first + rest - self.page_tokens)]
+        return rounds * len(self.joined) + sum(some)
+
+    def steps(self, free: int) -> int:
+        """Steps from now on until somebody is done, or ``free`` pages no longer suffice."""
+        most = self.ends[0][0] - self.now
+        if self.wanted(self.now + most) <= free:
+            return most
+        rounds, left = divmod(free, len(self.joined))  # every ``page_tokens`` steps each of them takes one
+        steps = rounds * self.page_tokens
+        while (left := left - self.fills[(self.now + steps) % self.page_tokens]) >= 0:
+            steps += 1
+        return steps
+
+    def passed(self, steps: int, first_s: float) -> None:
+        """``steps`` steps were computed, the first by ``first_s``."""
+        self.now += steps
+        self.context += steps * len(self.joined)
+        for sequence in self.fresh:
+            sequence.first_token_s = first_s
+        self.fresh.clear()
+
+    def done(self) -> list[Sequence]:
+        """Those that have all the tokens that they asked for, by rank, once: they are to leave now."""
+        found = []
+        while self.ends and self.ends[0][0] <= self.now:
+            found.append(heappop(self.ends)[1:])
+        return [sequence for _, sequence in sorted(found)]
+
+    def _end(self, sequence: Sequence) -> int:
+        return self.joined[sequence] + sequence.full_at - sequence.known
+
+    def _fills_at(self, sequence: Sequence) -> int:
+        return (self.now + len(sequence.pages) * self.page_tokens - sequence.computed) % self.page_tokens
+
+
+class FastForward(Scheduler):
+    """A scheduler that can also be told of many steps at once. Everything ends as if it had been told of each."""
 
     def __init__(
         self, pool: PagePool, *, step_tokens: int, max_running: int, max_waiting: int, mixed_tokens: int | None = None
@@ -34,10 +134,7 @@ class FastForward(Scheduler):
         super().__init__(
             pool, step_tokens=step_tokens, max_running=max_running, max_waiting=max_waiting, mixed_tokens=mixed_tokens
         )
-        self._cycle: list[int] = []  # of a run: pages taken by its n-th step, modulo a page's tokens, the first aside
-        self._behind = 0  # steps of the run that the sequences do not know of
-        self._first_s = 0.0  # when the first of these ended
-        self._taken: list[int] = []  # pages for these and the step under way
+        self._batch = _Batch(pool.page_tokens)
 
     def decode_run(self, now_s: float) -> DecodeRun | None:
         """Begins the next step if that, and perhaps more, is a plain decode of one fixed batch; None if it is not.
@@ -45,150 +142,140 @@ class FastForward(Scheduler):
         The run ends before a sequence would pass its ``max_tokens`` or the free pages would run out. It holds until
         something is added, started or released. Like ``schedule`` it takes the pages of its first step.
         """
-        self._catch_up()
+        batch = self._batch
         self._seat_ready()
-        if not self._running or self._admits():
+        if self._join() or not batch.ends or self._admits():
             return None
-        page_tokens = self.pool.page_tokens
-        steps, slacks = self._running[0].job.max_tokens, [0] * (page_tokens + 1)
-        contexts, growing, fresh = [], [], []
-        for sequence in self._running:
-            known = sequence.known
-            slack = len(sequence.pages) * page_tokens - sequence.computed
-            if known - sequence.computed != 1 or known <= sequence.job.prompt_tokens:
-                return None  # not a decode
-            contexts.append(known)
-            slacks[slack if slack < page_tokens else page_tokens] += 1
-            if slack <= 0:
-                growing.append(sequence)
-            steps = sequence.full_at - known if sequence.full_at - known < steps else steps
-            if sequence.scheduled_s is None:
-                fresh.append(sequence)
-        steps = _steps_until_full(slacks, self.pool.free, steps)
+        steps = batch.steps(self.pool.free)
         if steps <= 0:
             return None
-        self._hand_out(growing)
-        for sequence in fresh:
-            sequence.scheduled_s = now_s
-        self._cycle = [slacks[0] + slacks[page_tokens], *slacks[1:page_tokens]]
-        return DecodeRun(tuple(contexts), steps)
+        self._begin(now_s)
+        return DecodeRun(len(batch.joined), batch.context, steps)
 
     def skip(self, steps: int, first_s: float, *, goes_on: bool) -> list[str]:
         """``steps`` steps of the current :meth:`decode_run` were computed, the first by ``first_s``.
 
-        ``goes_on`` says that the run's next step has begun. Returns the sequences that reached their ``max_tokens``.
+        ``goes_on`` says that the run's next step has begun. Returns the sequences that reached their ``max_tokens``,
+        which are to be released.
         """
-        if not self._behind:
-            self._first_s = first_s
-        if goes_on:
-            done, cycle = self._behind, self._cycle
-            wanted = sum([cycle[step % len(cycle)] for step in range(done + 1, done + steps + 1)])
-            self._taken += self.pool.take(wanted)
-            self._behind += steps
-            return []
-        self._behind += steps
-        self._catch_up(held=-1)
-        self._cycle = []
-        return [sequence.job.request_id for sequence in self._running if sequence.known >= sequence.full_at]
+        self._pay(steps + goes_on)
+        self._batch.passed(steps, first_s)
+        return [sequence.job.request_id for sequence in self._batch.done()]
 
-    def mixed(self, now_s: float) -> tuple[list[Sequence], tuple[Slice, ...]]:
-        """The next step as :meth:`schedule` has it, but for its decodes the sequences: they need no block tables."""
-        decodes, prompts = [], []
-        for sequence, count in self._choose(now_s):
-            if sequence.decodes:
-                decodes.append(sequence)
-            else:
-                prompts.append(sequence.slice(count))
-        return decodes, tuple(prompts)
+    def mixed(self, now_s: float) -> MixedStep:
+        """The next step as :meth:`schedule` has it, its decodes as sums where none of them loses its pages."""
+        batch = self._batch
+        self._seat_ready()
+        prompts = self._join()
+        if any(s.decodes for s in prompts) or batch.wanted(batch.now + 1) > self.pool.free or self._outranked():
+            self._disband()
+            return MixedStep(0, 0, self.schedule(now_s))
+        self._begin(now_s)
+        decodes = len(batch.joined)
+        budget = self.step_tokens - decodes
+        chosen = self._prefills(min(budget, self.mixed_tokens) if decodes else budget)
+        for sequence, _ in chosen:
+            if sequence.scheduled_s is None:
+                sequence.scheduled_s = now_s
+        return MixedStep(decodes, batch.context, tuple([sequence.slice(count) for sequence, count in chosen]))
 
-    def give(self, decodes: list[Sequence], now_s: float) -> list[str]:
-        """Each of ``decodes``, of the current :meth:`mixed` step, has its next token. Returns those with all theirs."""
-        full = []
-        for sequence in decodes:
-            sequence.computed = sequence.known
-            sequence.known = known = sequence.known + 1
-            if sequence.keys:
-                self.holdings.publish(sequence)
-            if sequence.first_token_s is None:
-                sequence.first_token_s = now_s
-            if known >= sequence.full_at:
-                full.append(sequence.job.request_id)
-        return full
+    def give(self, now_s: float) -> list[str]:
+        """Each decode of the current :meth:`mixed` step that is no slice has its next token; as :meth:`skip` of one."""
+        return self.skip(1, now_s, goes_on=False)
+
+    # ---- what looks at sequences must find them as they are
 
     def full(self, request_id: str) -> bool:
         """Whether the sequence has all the tokens that it asked for."""
         sequence = self._get(request_id)
+        self._tell(sequence)
         return sequence.known >= sequence.full_at
 
-    # What is done step by step in the scheduler must find the sequences as they are.
-
     def release(self, request_id: str) -> bool:
-        self._catch_up()
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence in self._batch.joined:
+            self._batch.leave(sequence)
         return super().release(request_id)
 
     def outputs(self, request_id: str) -> int:
-        self._catch_up()
+        self._tell(self._get(request_id))
         return super().outputs(request_id)
 
     def timing(self, request_id: str) -> Timing:
-        self._catch_up()
+        self._tell(self._get(request_id))
         return super().timing(request_id)
 
     @property
     def waiting_tokens(self) -> int:
-        return sum([s.known - s.found for s in self._waiting]) if self._cycle else super().waiting_tokens
+        return sum([s.known - (s.computed or s.found) for s in (*self._waiting, *self._apart()) if not s.decodes])
 
     def check_integrity(self) -> None:
-        self._catch_up()
+        for sequence in self._batch.joined:
+            self._tell(sequence)
         super().check_integrity()
 
-    def _choose(self, now_s: float) -> list[tuple[Sequence, int]]:
-        self._catch_up()
-        return super()._choose(now_s)
-
     def _victims(self, job: Job, enough: Callable[[list[Sequence]], bool]) -> list[Sequence] | None:
-        self._catch_up()
+        for sequence in self._running:
+            if sequence.job.priority < job.priority:
+                self._tell(sequence)
         return super()._victims(job, enough)
 
-    def _catch_up(self, held: int = 0) -> None:
-        """Tells the sequences of the steps that they are behind. ``held``: tokens beyond the known that have pages."""
-        steps, self._behind = self._behind, 0
-        if not steps:
-            return
-        growing, page_tokens, first_s = list[Sequence](), self.pool.page_tokens, self._first_s
-        for sequence in self._running:
-            sequence.known = known = sequence.known + steps
-            sequence.computed = known - 1
-            if sequence.first_token_s is None:
-                sequence.first_token_s = first_s
-            if known + held > len(sequence.pages) * page_tokens:
-                growing += [sequence] * (-(-(known + held) // page_tokens) - len(sequence.pages))
-        self._hand_out(growing)
+    def _preempt(self, victims: list[Sequence]) -> None:
+        for sequence in victims:
+            if sequence in self._batch.joined:
+                self._batch.leave(sequence)
+        super()._preempt(victims)
 
-    def _hand_out(self, growing: list[Sequence]) -> None:
-        """One page to each, in turn."""
-        taken, self._taken = self._taken, []
-        if growing:
-            taken += self.pool.take(len(growing) - len(taken))
-            for sequence, page in zip(growing, taken, strict=True):
-                sequence.pages.append(page)
+    def _tell(self, sequence: Sequence) -> None:
+        if sequence in self._batch.joined:
+            self._batch.tell(sequence)
+
+    # ---- the batch
+
+    def _apart(self) -> list[Sequence]:
+        """Running sequences that are not in the batch."""
+        joined = self._batch.joined
+        if len(self._running) == len(joined):
+            return []
+        return [sequence for sequence in self._running if sequence not in joined]
+
+    def _begun(self) -> list[Sequence]:
+        return [sequence for sequence in reversed(self._apart()) if not sequence.decodes]
+
+    def _join(self) -> list[Sequence]:
+        """Takes running decodes into the batch; returns who else runs.
+
+        One with a whole page to spare, as it may come back from preemption, joins after its next step.
+        """
+        others = []
+        for sequence in self._apart():
+            spare = len(sequence.pages) * self.pool.page_tokens - sequence.computed
+            if sequence.decodes and spare < self.pool.page_tokens:
+                self._batch.join(sequence)
+            else:
+                others.append(sequence)
+        return others
+
+    def _disband(self) -> None:
+        for sequence in list(self._batch.joined):
+            self._batch.leave(sequence)
+
+    def _begin(self, now_s: float) -> None:
+        """The batch takes part in the step that begins now."""
+        if self._batch.joined:
+            self._pay(1)
+        for sequence in self._batch.fresh:
+            if sequence.scheduled_s is None:
+                sequence.scheduled_s = now_s
+
+    def _pay(self, steps: int) -> None:
+        """Takes the pages of the next ``steps`` steps."""
+        batch = self._batch
+        if (until := batch.now + steps) > batch.paid:
+            if wanted := batch.wanted(until):
+                batch.pages += self.pool.take(wanted)
+            batch.paid = until
 
     def _admits(self) -> bool:
         """Whether a waiting sequence could enter the next step, were all running ones decodes."""
         return bool(self._waiting) and (self._enters(self._waiting[0]) or bool(self._outranked()))
-
-
-def _steps_until_full(slacks: list[int], free: int, wanted: int) -> int:
-    """Steps, at most ``wanted``, for which ``free`` pages last.
-
-    ``slacks[n]`` sequences have room for n more tokens in their last page. Every ``page_tokens`` steps each of them
-    takes one page, so whole rounds are divided out first.
-    """
-    page_tokens = len(slacks) - 1
-    rounds, left = divmod(free, sum(slacks))
-    steps = rounds * page_tokens
-    for step in range(min(page_tokens, wanted - steps)):
-        left -= slacks[step]
-        if left < 0:
-            return steps + step
-    return min(wanted, steps + page_tokens)

@@ -37,7 +37,8 @@ class PagePool:
         self.on_evict: Callable[[int], None] | None = None
         self.changes = 0  # grows whenever a page changes hands
         self._free = list(range(pages - 1, -1, -1))
-        self._references = [0] * pages
+        self._used: set[int] = set()
+        self._shared: dict[int, int] = {}  # references beyond the first, of the pages that have some
         self._kept: set[int] = set()
         self._idle: OrderedDict[int, None] = OrderedDict()  # longest idle first
 
@@ -47,7 +48,7 @@ class PagePool:
 
     @property
     def used(self) -> int:
-        return self.total - len(self._free) - len(self._idle)
+        return len(self._used)
 
     @property
     def kept(self) -> int:
@@ -69,14 +70,13 @@ class PagePool:
         taken = self._free[left:]
         del self._free[left:]
         taken.reverse()
-        for page in taken:
-            self._references[page] = 1
+        self._used.update(taken)
         self.high_water = max(self.high_water, self.used)
         return taken
 
     def keep(self, page: int) -> None:
         """From now on ``page``, which must be in use, goes idle with its last reference instead of free."""
-        if self._references[page] == 0:
+        if page not in self._used:
             raise PageIntegrityError(f"page {page} is free and cannot be kept")
         self.changes += 1
         self._kept.add(page)
@@ -85,27 +85,50 @@ class PagePool:
         """Adds one reference to each of ``pages``, which must be in use or idle."""
         self.changes += 1
         for page in pages:
-            if self._references[page] == 0:
-                if page not in self._kept:
-                    raise PageIntegrityError(f"page {page} is free and cannot be shared")
+            if page in self._used:
+                self._shared[page] = self._shared.get(page, 0) + 1
+            elif page in self._kept:
                 del self._idle[page]
-            self._references[page] += 1
+                self._used.add(page)
+            else:
+                raise PageIntegrityError(f"page {page} is free and cannot be shared")
         self.high_water = max(self.high_water, self.used)
 
     def drop(self, pages: Iterable[int]) -> None:
         """Takes one reference from each of ``pages`` in turn; those without any left are free or idle."""
         self.changes += 1
-        references, kept = self._references, self._kept
+        pages = list(pages)
+        if self._are_plain(pages):
+            self._used.difference_update(pages)
+            self._free += pages
+            return
         for page in pages:
-            left = references[page] - 1
-            if left < 0:
+            if page in self._shared:
+                self._unshare(page)
+                continue
+            if page not in self._used:
                 raise PageIntegrityError(f"page {page} is already free")
-            references[page] = left
-            if left == 0:
-                if page in kept:
-                    self._idle[page] = None
-                else:
-                    self._free.append(page)
+            self._used.remove(page)
+            if page in self._kept:
+                self._idle[page] = None
+            else:
+                self._free.append(page)
+
+    def _are_plain(self, pages: Sequence[int]) -> bool:
+        """Whether each of ``pages`` is there once, referenced once and not kept: most are, and such go all at once."""
+        distinct = set(pages)
+        return (
+            len(distinct) == len(pages)
+            and self._used.issuperset(distinct)
+            and self._kept.isdisjoint(distinct)
+            and self._shared.keys().isdisjoint(distinct)
+        )
+
+    def _unshare(self, page: int) -> None:
+        if self._shared[page] == 1:
+            del self._shared[page]
+        else:
+            self._shared[page] -= 1
 
     def keep_none(self) -> None:
         """Nobody wants any page's content any longer: idle pages are free, those in use are when they are dropped."""
@@ -121,13 +144,13 @@ class PagePool:
     def freed_by(self, owners: Iterable[Sequence[int]]) -> set[int]:
         """Pages that would be left without a reference if ``owners`` dropped all of theirs."""
         dropped = Counter(page for pages in owners for page in pages)
-        return {page for page, count in dropped.items() if count == self._references[page]}
+        return {page for page, count in dropped.items() if count == self._references(page)}
 
     def check_integrity(self, owners: Iterable[Sequence[int]]) -> None:
         """Raises :class:`PageIntegrityError` unless ``owners`` (everyone's pages) explain every reference exactly."""
         expected = Counter(page for pages in owners for page in pages)
-        for page, references in enumerate(self._references):
-            if references != expected[page]:
+        for page in range(self.total):
+            if (references := self._references(page)) != expected[page]:
                 raise PageIntegrityError(f"page {page} has {references} references but {expected[page]} owners")
         ownerless = {page for page in range(self.total) if expected[page] == 0}
         free = set(self._free)
@@ -139,6 +162,9 @@ class PagePool:
     def idle_in_order(self) -> tuple[int, ...]:
         """The idle pages in the order in which :meth:`take` would evict them."""
         return tuple(self._idle)
+
+    def _references(self, page: int) -> int:
+        return self._shared.get(page, 0) + (page in self._used)
 
     def _evict(self) -> None:
         page, _ = self._idle.popitem(last=False)

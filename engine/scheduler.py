@@ -278,6 +278,10 @@ class Scheduler:
         sequence.pages += self.pool.take(1)
         return True
 
+    def _begun(self) -> list[Sequence]:
+        """Running sequences with prompt left to compute, lowest rank first."""
+        return [s for s in reversed(self._running) if not s.decodes]
+
     def _prefills(self, budget: int) -> list[tuple[Sequence, int]]:
         """Begun and new sequences by rank while tokens, places and pages last. No new one overtakes the first.
 
@@ -285,7 +289,7 @@ class Scheduler:
         beside it get no more than beside any other, and where they have more already, it waits for the next step.
         """
         chosen, prompts = [], 0
-        begun = [s for s in reversed(self._running) if not s.decodes]
+        begun = self._begun()
         while budget > 0:
             head = self._waiting[0] if self._waiting and self._enters(self._waiting[0]) else None
             if begun and (head is None or begun[-1].rank < head.rank):

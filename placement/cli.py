@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,7 @@ from placement.hardware import BUILT_IN, Hardware
 from placement.model_shape import ModelShape
 from placement.outcome import Slo
 from placement.profile import Profile, ProfiledReplica
-from placement.search import Found, Mapper, Scored, enough, search, with_help
+from placement.search import Found, Scored, enough, search, with_help
 from placement.spaces import gpu_space, profiled_space
 from placement.tables import Tables
 from placement.workload import SHARES, Description, Workload, describe
@@ -78,9 +78,9 @@ def plan(
     slo = Slo(ttft_s, tpot_s, attainment)
     with ProcessPoolExecutor(processes or os.cpu_count() or 1) as executor:
         trial = Trial(trace, slo, requests or enough(space, gpus, trace, slo))
-        found = search(space, gpus, trial, mapper=executor.map, progress=progress.print)
-        chosen = _chosen(found, gpus, rate, trial, executor.map)
-        made = plans.make(chosen, found, trial, labels, mapper=executor.map)
+        found = search(space, gpus, trial, executor=executor, progress=progress.print)
+        chosen = _chosen(found, gpus, rate, trial, executor)
+        made = plans.make(chosen, found, trial, labels, executor=executor)
     console.print(_table(made))
     output.write_text(made.to_yaml(), encoding="utf-8")
     console.print(f"configuration: {output}")
@@ -110,12 +110,12 @@ def _space(
     }
 
 
-def _chosen(found: Found, gpus: int, rate: float | None, trial: Trial, mapper: Mapper) -> Scored:
+def _chosen(found: Found, gpus: int, rate: float | None, trial: Trial, executor: Executor) -> Scored:
     if not found.best:
         raise ConfigError("no way to run the model meets these SLOs at any rate", field="slo")
     if rate is None:
         return with_help(found.best[0], trial)
-    chosen = fewest(found, gpus, rate, trial, mapper=mapper, progress=progress.print)
+    chosen = fewest(found, gpus, rate, trial, executor=executor, progress=progress.print)
     if chosen is None:
         raise ConfigError(f"{rate:g} requests/s are not met; {found.best[0].goodput:.2f} are", field="rate")
     return chosen

@@ -7,9 +7,9 @@ fits of OPT on A100). All are pure: a shape in, seconds out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,25 @@ class StepShape:
 
 
 class CostModel(Protocol):
-    """Costs of one replica of one configuration: model, hardware, tensor and pipeline degree are fixed inside."""
+    """Costs of one replica of one configuration: model, hardware, tensor and pipeline degree are fixed inside.
+
+    A batch of decodes costs what its size and the sum of its contexts say, whichever contexts these are: that is what
+    paged decode attention reads. So a run of identical decode steps needs no contexts: after k steps of a fixed batch
+    the sum has grown by ``k * batch``.
+    """
 
     @property
     def gpus(self) -> int:
         """Accelerators per replica: tensor degree times pipeline degree."""
         ...
 
-    def step_s(self, step: StepShape) -> float:
-        """Seconds of one whole step, host overhead included; 0 for an empty step."""
+    def sum_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_sum: int) -> float:
+        """Seconds of one whole step, host overhead included: ``chunks`` as in :class:`StepShape` and ``batch`` decodes,
+        whose contexts sum to ``context_sum``; 0 for an empty step."""
+        ...
+
+    def decode_step_s(self, batch: int, context_sum: int) -> float:
+        """:meth:`sum_s` without chunks."""
         ...
 
     def transfer_s(self, tokens: int) -> float:
@@ -47,40 +57,18 @@ class CostModel(Protocol):
         ...
 
 
-class SummedCostModel(CostModel, Protocol):
-    """A cost model whose decode cost depends on a batch only through its size and the sum of its contexts.
-
-    Then a run of identical decode steps needs no tuples: after k steps of a fixed batch the sum has grown by
-    ``k * batch``. ``decode_step_s(b, c)`` equals ``step_s`` of any b contexts that sum to c.
-    """
-
-    def decode_step_s(self, batch: int, context_sum: int) -> float: ...
+def step_s(cost: CostModel, step: StepShape) -> float:
+    """Seconds of one step of this shape."""
+    return cost.sum_s(step.chunks, len(step.contexts), sum(step.contexts))
 
 
-StepTimes = Callable[[tuple[int, ...], float, int, float], list[float]]
-"""(contexts of a batch, start, n, slowdown) -> when each of the next n decode steps of that batch ends."""
-
-
-def step_times(cost: CostModel) -> StepTimes:
-    """Asks the cost model for every step; through the sum of the contexts where the model allows it."""
-    if hasattr(cost, "decode_step_s"):
-        decode_step_s = cast(SummedCostModel, cost).decode_step_s
-
-        def by_sum(contexts: tuple[int, ...], now_s: float, steps: int, slowdown: float) -> list[float]:
-            batch, context_sum, ends_s = len(contexts), sum(contexts), []
-            for _ in range(steps):
-                now_s += slowdown * decode_step_s(batch, context_sum)
-                context_sum += batch
-                ends_s.append(now_s)
-            return ends_s
-
-        return by_sum
-
-    def by_contexts(contexts: tuple[int, ...], now_s: float, steps: int, slowdown: float) -> list[float]:
-        ends_s = []
-        for step in range(steps):
-            now_s += slowdown * cost.step_s(StepShape((), tuple(context + step for context in contexts)))
-            ends_s.append(now_s)
-        return ends_s
-
-    return by_contexts
+def decode_ends(
+    cost: CostModel, batch: int, context_sum: int, *, now_s: float, steps: int, slowdown: float
+) -> list[float]:
+    """When each of the next ``steps`` decode steps of one batch ends, the first of which begins at ``now_s``."""
+    decode_step_s, ends_s = cost.decode_step_s, []
+    for _ in range(steps):
+        now_s += slowdown * decode_step_s(batch, context_sum)
+        context_sum += batch
+        ends_s.append(now_s)
+    return ends_s

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton.config_admission import AdmissionConfig
@@ -140,6 +140,6 @@ class Entry:
         if known is None or known[0] is not prefills or known[1] is not decodes:
             seen = outlook(prefills, decodes, learned)
         else:
-            seen = known[2] if known[2].learned == learned else replace(known[2], learned=learned)
+            seen = known[2] if known[2].learned == learned else known[2]._replace(learned=learned)
         self._known = prefills, decodes, seen
         return seen

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from placement.composition import Composition
-from placement.cost import CostModel, StepShape
+from placement.cost import CostModel
 from placement.goodput import Trial, improve, rate_at, step_below
-from placement.search import Found, Mapper, Scored, resplit
+from placement.search import Found, Scored, resplit
 
 FRONTIER = (0.25, 0.5, 0.75, 1.25)  # numbers of accelerators over the plan's
 FRONTIER_REQUESTS = 1500
@@ -24,8 +25,11 @@ class FreeHandoff:
     def gpus(self) -> int:
         return self.cost.gpus
 
-    def step_s(self, step: StepShape) -> float:
-        return self.cost.step_s(step)
+    def sum_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_sum: int) -> float:
+        return self.cost.sum_s(chunks, batch, context_sum)
+
+    def decode_step_s(self, batch: int, context_sum: int) -> float:
+        return self.cost.decode_step_s(batch, context_sum)
 
     def transfer_s(self, tokens: int) -> float:
         return 0.0
@@ -37,7 +41,7 @@ class FreeHandoff:
         return self.cost.kv_tokens()
 
 
-def more(chosen: Scored, found: Found, trial: Trial, mapper: Mapper) -> tuple[str, str]:
+def more(chosen: Scored, found: Found, trial: Trial, executor: Executor) -> tuple[str, str]:
     """What binds, and what one more accelerator or replica buys."""
     now, cells = chosen.composition, chosen.composition.cells
     changes = {"decode": replace(now, decodes=now.decodes + 1)}
@@ -50,7 +54,7 @@ def more(chosen: Scored, found: Found, trial: Trial, mapper: Mapper) -> tuple[st
     if fresh is not None and fresh.gpus <= now.gpus + 1:
         changes["resplit"] = fresh
     above = step_below(chosen.goodput / cells)
-    rates = dict(zip(changes, mapper(_Improve(trial, above), changes.values()), strict=True))
+    rates = dict(zip(changes, executor.map(_Improve(trial, above), changes.values()), strict=True))
     gains = {name: max(0.0, rate / chosen.goodput - 1) for name, rate in rates.items()}
     return _binding(now, gains), _purchase(now, chosen, gains, changes)
 
@@ -89,13 +93,13 @@ def _purchase(now: Composition, chosen: Scored, gains: Mapping[str, float], chan
     return "; ".join(offers)
 
 
-def frontier(found: Found, gpus: int, trial: Trial, mapper: Mapper) -> tuple[tuple[Composition, float], ...]:
+def frontier(found: Found, gpus: int, trial: Trial, executor: Executor) -> tuple[tuple[Composition, float], ...]:
     """What fewer accelerators, and some more, would serve: the split that promises most at each number."""
     steps = {round(share * gpus) for share in FRONTIER}
     splits = [split for count in sorted(steps) if count != gpus and (split := resplit(found, count)) is not None]
     least = min(trial.requests, FRONTIER_REQUESTS)
     tasks = [(split, max(least, trial.requests * split.gpus // gpus)) for split in splits]
-    return tuple(zip(splits, mapper(_Goodput(trial), tasks), strict=True))
+    return tuple(zip(splits, executor.map(_Goodput(trial), tasks), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from placement.composition import Composition, Promise, Way, cells_for
 from placement.gates import MARGIN_STEPS, Question, Role
 from placement.goodput import Trial, step_below
-from placement.search import SLACK, WAVE, Found, Mapper, Progress, Scored
+from placement.search import SLACK, WAVE, Found, Progress, Scored
+from placement.stories import SERIAL
 
 SPARE = 2  # replicas of one pool beyond the least number
 
 
 def fewest(
-    found: Found, gpus: int, rate: float, trial: Trial, *, mapper: Mapper = map, progress: Progress = lambda _: None
+    found: Found,
+    gpus: int,
+    rate: float,
+    trial: Trial,
+    *,
+    executor: Executor = SERIAL,
+    progress: Progress = lambda _: None,
 ) -> Scored | None:
     """The fewest accelerators, at most ``gpus``, that meet the SLO at ``rate``; None when none do.
 
@@ -23,10 +31,10 @@ def fewest(
     are tried from the smallest on, each in one simulation, those of high affinity among them.
     """
     trial = trial.trimmed()
-    queue = sorted(_nearby(found, gpus, rate, trial, mapper), key=lambda p: (p.composition.gpus, -p.rate))
+    queue = sorted(_nearby(found, gpus, rate, trial, executor), key=lambda p: (p.composition.gpus, -p.rate))
     while queue:
         wave, queue = queue[:WAVE], queue[WAVE:]
-        for promise, met in zip(wave, mapper(_Meets(trial, rate), [p.composition for p in wave]), strict=True):
+        for promise, met in zip(wave, executor.map(_Meets(trial, rate), [p.composition for p in wave]), strict=True):
             if met:
                 composition = promise.composition
                 progress(f"{composition.gpus} accelerators meet {rate:g} requests/s: {composition.title}")
@@ -67,12 +75,12 @@ class _Least:
         return Question(role, way, replicas, step_below(self.rate) - MARGIN_STEPS).met(self.trial)
 
 
-def _nearby(found: Found, gpus: int, rate: float, trial: Trial, mapper: Mapper) -> Iterator[Promise]:
+def _nearby(found: Found, gpus: int, rate: float, trial: Trial, executor: Executor) -> Iterator[Promise]:
     """Compositions of the least replicas that meet the rate alone, and some more; at most ``gpus`` accelerators."""
     prefills, decodes, wholes = dict(found.prefill_alone), dict(found.decode_alone), dict(found.whole_alone)
     kinds = (("prefill", prefills), ("decode", decodes), ("whole", wholes))
     tasks = [(kind, way, alone) for kind, rates in kinds for way, alone in rates.items()]
-    least = {(kind, way): n for (kind, way, _), n in zip(tasks, mapper(_Least(trial, rate), tasks), strict=True)}
+    least = {(kind, way): n for (kind, way, _), n in zip(tasks, executor.map(_Least(trial, rate), tasks), strict=True)}
     spare = range(SPARE + 1)
     far = (
         Promise(

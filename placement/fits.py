@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from baton.errors import ConfigError
-from placement.cost import StepShape
+from placement.cost import StepShape, step_s
 from placement.handoff_cost import HandoffCost
 
 CAPACITY_FILE = "max_num_tokens.csv"
@@ -69,21 +70,21 @@ class OptFit:
     def gpus(self) -> int:
         return self.tp * self.pp
 
-    def step_s(self, step: StepShape) -> float:
+    def sum_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_sum: int) -> float:
         """Through all pipeline stages; with several steps in flight one ends every :meth:`stage_s`."""
-        if not step.chunks:
-            return self.decode_step_s(len(step.contexts), sum(step.contexts))
+        if not chunks:
+            return self.decode_step_s(batch, context_sum)
         base, per_token, per_square = self.prefill_ms
         prefill_ms = base
-        for start, count in step.chunks:
+        for start, count in chunks:
             prefill_ms += per_token * count + per_square * count * (2 * start + count)
-        if not step.contexts:
+        if not batch:
             return prefill_ms / 1e3
-        decode_ms = 1e3 * self.decode_step_s(len(step.contexts), sum(step.contexts))
-        return (prefill_ms + decode_ms - min(base, self._regime(len(step.contexts))[0])) / 1e3
+        decode_ms = 1e3 * self.decode_step_s(batch, context_sum)
+        return (prefill_ms + decode_ms - min(base, self._regime(batch)[0])) / 1e3
 
     def stage_s(self, step: StepShape) -> float:
-        return self.step_s(step) / self.pp
+        return step_s(self, step) / self.pp
 
     def decode_step_s(self, batch: int, context_sum: int) -> float:
         if not batch:
@@ -97,7 +98,7 @@ class OptFit:
     def exposed_transfer_s(self, tokens: int) -> float:
         if self.handoff is None or tokens <= 0:
             return 0.0
-        return self.handoff.exposed_s(tokens, self.step_s(StepShape(((0, tokens),), ())))
+        return self.handoff.exposed_s(tokens, self.sum_s(((0, tokens),), 0, 0))
 
     def kv_tokens(self) -> int:
         return self.capacity_tokens

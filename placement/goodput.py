@@ -8,12 +8,11 @@ a cluster that fails at one rate fails at every higher one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from placement.cluster import Cluster, Pool
-from placement.cost import StepShape
 from placement.outcome import Outcome, Slo
 from placement.replica import EngineLimits
 from placement.simulator import simulate
@@ -35,7 +34,10 @@ class Instant:
 
     gpus: int = 0
 
-    def step_s(self, step: StepShape) -> float:
+    def sum_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_sum: int) -> float:
+        return 0.0
+
+    def decode_step_s(self, batch: int, context_sum: int) -> float:
         return 0.0
 
     def transfer_s(self, tokens: int) -> float:
@@ -89,11 +91,11 @@ class Trial:
         output = sum(a.output_tokens for a in arrivals) / len(arrivals)
         spent_s = 0.0
         if prefill_share:
-            spent_s += pool.cost.step_s(StepShape(((0, prompt),), ())) / prefill_share
+            spent_s += pool.cost.sum_s(((0, prompt),), 0, 0) / prefill_share
         if decode_share:
             batch, context = 1, prompt + int(output / 2)
             most = max(1, min(pool.limits.max_running, pool.cost.kv_tokens() // pool.stages // max(1, context)))
-            step_s = pool.cost.step_s(StepShape((), (context,)))
+            step_s = pool.cost.decode_step_s(1, context)
             while 2 * batch <= most and (longer_s := _decode_s(pool, 2 * batch, context)) <= self.slo.tpot_s:
                 batch, step_s = 2 * batch, longer_s
             spent_s += output * step_s / batch / decode_share
@@ -175,4 +177,4 @@ def whole_alone(pool: Pool, trial: Trial, *, above: int = UNMET, within: int = 1
 
 
 def _decode_s(pool: Pool, batch: int, context: int) -> float:
-    return pool.cost.step_s(StepShape((), (context,) * batch))
+    return pool.cost.decode_step_s(batch, batch * context)

@@ -24,25 +24,20 @@ class Host:
             raise ValueError("slowdown needs one positive factor at least")
         self._slowdown = tuple(slowdown)
         self._computing: list[Tenant] = []
-
-    @property
-    def factor(self) -> float:
-        """What a step takes now, in what it takes alone."""
-        return self._factor(len(self._computing))
+        self.factor = self._slowdown[0]  # what a step takes now, in what it takes alone
 
     def began(self, tenant: Tenant) -> None:
         """``tenant`` is in a step from now on."""
-        before = self.factor
         self._computing.append(tenant)
-        self._stretch(before, tenant)
+        self._stretch(tenant)
 
     def ended(self, tenant: Tenant) -> None:
         """``tenant`` has nothing to compute, or is gone."""
-        before = self.factor
         self._computing.remove(tenant)
-        self._stretch(before, tenant)
+        self._stretch(tenant)
 
-    def _stretch(self, before: float, cause: Tenant) -> None:
+    def _stretch(self, cause: Tenant) -> None:
+        before, self.factor = self.factor, self._factor(len(self._computing))
         ratio = self.factor / before
         if ratio != 1.0:
             for tenant in self._computing:

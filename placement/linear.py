@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from placement.cost import StepShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +19,11 @@ class LinearCost:
     capacity_tokens: int = 1 << 20
     gpus: int = 1
 
-    def step_s(self, step: StepShape) -> float:
-        prefill_s = self.prefill_token_s * sum(count for _, count in step.chunks)
-        if not step.contexts:
-            return self.base_s + prefill_s if step.chunks else 0.0
-        return prefill_s + self.decode_step_s(len(step.contexts), sum(step.contexts))
+    def sum_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_sum: int) -> float:
+        prefill_s = self.prefill_token_s * sum(count for _, count in chunks)
+        if not batch:
+            return self.base_s + prefill_s if chunks else 0.0
+        return prefill_s + self.decode_step_s(batch, context_sum)
 
     def decode_step_s(self, batch: int, context_sum: int) -> float:
         return self.base_s + self.sequence_s * batch + self.context_token_s * context_sum if batch else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from placement.goodput import Trial
 from placement.outcome import Attainment, End, Slo
 from placement.profile import ProfiledReplica
 from placement.roofline import GpuReplica
-from placement.search import Found, Mapper, Scored
+from placement.search import Found, Scored
+from placement.stories import SERIAL
 
 CURVE = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # rates over goodput
 
@@ -145,12 +147,12 @@ class Plan:
             yield f"against {other.title}: {other.goodput:.2f} requests/s; this plan {gain:+.1%}"
 
 
-def make(chosen: Scored, found: Found, trial: Trial, labels: Mapping[str, str], *, mapper: Mapper = map) -> Plan:
+def make(chosen: Scored, found: Found, trial: Trial, labels: Mapping[str, str], *, executor: Executor = SERIAL) -> Plan:
     """The plan of ``chosen``. ``labels``: names of the model and the hardware."""
     composition, cell_goodput = chosen.composition, chosen.goodput / chosen.composition.cells
-    measured = tuple(mapper(_Measure(trial, composition), [share * cell_goodput for share in CURVE]))
+    measured = tuple(executor.map(_Measure(trial, composition), [share * cell_goodput for share in CURVE]))
     points = tuple(point for point, _ in measured)
-    bottleneck, one_more = explain.more(chosen, found, trial, mapper)
+    bottleneck, one_more = explain.more(chosen, found, trial, executor)
     longest = max(a.prompt_tokens + a.output_tokens for a in trial.workload.arrivals)
     return Plan(
         model=labels["model"],
@@ -176,7 +178,7 @@ def make(chosen: Scored, found: Found, trial: Trial, labels: Mapping[str, str], 
         at_double=_at_double(points[-1], chosen),
         frontier=tuple(
             Alternative(other.title, other.gpus, goodput)
-            for other, goodput in explain.frontier(found, composition.gpus, trial, mapper)
+            for other, goodput in explain.frontier(found, composition.gpus, trial, executor)
         ),
         extrapolated=measured[CURVE.index(1.0)][1],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def _from_tree(tree: Mapping[str, Any]) -> Profile:
 
 
 class ProfiledReplica:
-    """A :class:`placement.cost.SummedCostModel` of one worker of the machine that was profiled.
+    """A :class:`placement.cost.CostModel` of one worker of the machine that was profiled.
 
     ``extrapolations`` counts steps with more rows or longer contexts than any that was measured.
     """
@@ -184,10 +184,9 @@ class ProfiledReplica:
         self._longest = max(max((*o.step.contexts, *(a + b for a, b in o.step.chunks))) for o in profile.steps)
         self._rows_s = array("d", [self.fit.rows_s(rows) for rows in range(2 * self._most_rows + 1)])
 
-    def step_s(self, step: StepShape) -> float:
-        chunks, batch = step.chunks, len(step.contexts)
+    def sum_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_sum: int) -> float:
         if not chunks:
-            return self.decode_step_s(batch, sum(step.contexts))
+            return self.decode_step_s(batch, context_sum)
         fit, serving = self.fit, self.profile.serving
         rows, seconds = batch, fit.base_s + fit.chunk_s * len(chunks)
         if self._sends:
@@ -202,7 +201,7 @@ class ProfiledReplica:
             if start + count > self._longest:
                 self.extrapolations["longer contexts than measured"] += 1
         if batch:
-            seconds += fit.decode_s * batch + fit.context_s * sum(step.contexts)
+            seconds += fit.decode_s * batch + fit.context_s * context_sum
         return seconds + self._rows(rows)
 
     def decode_step_s(self, batch: int, context_sum: int) -> float:
@@ -224,7 +223,7 @@ class ProfiledReplica:
         return self._kv_tokens
 
     def _prefill_s(self, tokens: int) -> float:
-        return self.step_s(StepShape(((0, tokens),), ()))
+        return self.sum_s(((0, tokens),), 0, 0)
 
     def _handoff(self, tokens: int) -> HandoffCost:
         """With the codec that the sender's own chooser takes for a prompt of so many tokens."""

@@ -15,11 +15,11 @@ from typing import Protocol, cast
 
 from baton.blocks import BlockJournal
 from baton.messages import Load
-from engine.fast_forward import DecodeRun, FastForward
+from engine.fast_forward import DecodeRun, FastForward, MixedStep
 from engine.pages import PagePool
 from engine.prefix import Key
-from engine.sequence import Job, Sequence, Slice
-from placement.cost import CostModel, StepShape, step_times
+from engine.sequence import Job, Slice
+from placement.cost import CostModel, decode_ends
 from placement.events import Rank, Timeline
 from placement.host import Host
 from placement.meters import Meters
@@ -47,19 +47,6 @@ class Listener(Protocol):
     def first_token(self, replica: Replica, request_id: str, now_s: float) -> None: ...
     def finished(self, replica: Replica, request_id: str, now_s: float) -> None: ...
     def freed(self, replica: Replica) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A step under way. ``decodes`` are only there where it is no step of ``slices`` alone: when fast."""
-
-    decodes: list[Sequence]
-    slices: tuple[Slice, ...]
-
-    def shape(self) -> StepShape:
-        contexts = [sequence.known for sequence in self.decodes]
-        contexts += [part.start + part.count for part in self.slices if part.decode]
-        return StepShape(tuple((part.start, part.count) for part in self.slices if not part.decode), tuple(contexts))
 
 
 @dataclass(slots=True)
@@ -100,9 +87,8 @@ class Replica:
         self.busy_s, self.steps = 0.0, 0
         self._timeline, self._listener, self._fast = timeline, listener, fast
         self._host, self._computing = host, False
-        self._decode_ends_s = step_times(cost)
         self._version = 0
-        self._step: _Step | None = None
+        self._step: MixedStep | None = None
         self._run: _Run | None = None
         self._ending = False
         self._started_s = self._ends_s = 0.0  # of the step under way
@@ -234,13 +220,13 @@ class Replica:
             self._begin_run(run, now_s)
             return
         self.scheduler.mixed_tokens = self.meters.mixed_tokens
-        step = _Step(*self.scheduler.mixed(now_s)) if self._fast else _Step([], self.scheduler.schedule(now_s))
+        step = self.scheduler.mixed(now_s) if self._fast else MixedStep(0, 0, self.scheduler.schedule(now_s))
         if not (step.decodes or step.slices):
             self._rest()
             return
         self._compute()
         self._step, self._started_s = step, now_s
-        self._ends_s = self._end_s(step.shape(), now_s)
+        self._ends_s = self._end_s(step, now_s)
         self._expect(self._ends_s, self._end_step, now_s)
 
     def _compute(self) -> None:
@@ -263,19 +249,23 @@ class Replica:
 
         self._timeline.at(time_s, Rank.STEP, fire)
 
-    def _end_s(self, shape: StepShape, now_s: float) -> float:
-        if not shape.chunks:
-            return self._decode_ends_s(shape.contexts, now_s, 1, self._host.factor)[0]
-        return now_s + self._host.factor * self.cost.step_s(shape)
+    def _end_s(self, step: MixedStep, now_s: float) -> float:
+        chunks, decodes, context = [], step.decodes, step.context
+        for part in step.slices:
+            if part.decode:
+                decodes, context = decodes + 1, context + part.start + part.count
+            else:
+                chunks.append((part.start, part.count))
+        return now_s + self._host.factor * self.cost.sum_s(chunks, decodes, context)
 
     def _end_step(self, started_s: float) -> None:
         now_s = self._timeline.now_s
-        step, self._step = cast(_Step, self._step), None
+        step, self._step = cast(MixedStep, self._step), None
         self._account(started_s, now_s, 1)
         prompts = [part.count for part in step.slices if not part.decode]
-        decodes = len(step.decodes) + len(step.slices) - len(prompts)
+        decodes = step.decodes + len(step.slices) - len(prompts)
         self.meters.stepped(decodes, sum(prompts), now_s - started_s)
-        full = self.scheduler.give(step.decodes, now_s)
+        full = self.scheduler.give(now_s) if step.decodes else []
         self.scheduler.advance(step.slices, now_s)
         self._ending = True
         for request_id in full:
@@ -307,7 +297,9 @@ class Replica:
     # ---- runs of decode steps
 
     def _begin_run(self, run: DecodeRun, now_s: float) -> None:
-        ends_s = self._decode_ends_s(run.contexts, now_s, min(run.steps, self._ahead), self._host.factor)
+        steps = min(run.steps, self._ahead)
+        slowdown = self._host.factor
+        ends_s = decode_ends(self.cost, run.decodes, run.context, now_s=now_s, steps=steps, slowdown=slowdown)
         self._ahead = min(2 * self._ahead, LOOKAHEAD_STEPS[1])
         self._run = _Run(now_s, ends_s)
         self._expect(ends_s[-1], self._end_run, now_s)

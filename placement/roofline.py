@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from baton.errors import ConfigError
-from placement.cost import StepShape
+from placement.cost import StepShape, step_s
 from placement.grids import Estimate, Floats, rising
 from placement.handoff_cost import HandoffCost
 from placement.hardware import Hardware
@@ -75,7 +75,7 @@ def replica(
 
 
 class GpuReplica:
-    """A :class:`placement.cost.SummedCostModel`. ``extrapolations`` counts by reason what no measured cell enclosed."""
+    """A :class:`placement.cost.CostModel`. ``extrapolations`` counts by reason what no measured cell enclosed."""
 
     def __init__(
         self,
@@ -109,16 +109,15 @@ class GpuReplica:
     def gpus(self) -> int:
         return self.tp * self.pp
 
-    def step_s(self, step: StepShape) -> float:
+    def sum_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_sum: int) -> float:
         """Through all pipeline stages; with several steps in flight one ends every :meth:`stage_s`."""
-        batch, chunks = len(step.contexts), len(step.chunks)
         if not chunks:
-            return self.decode_step_s(batch, sum(step.contexts))
+            return self.decode_step_s(batch, context_sum)
         tokens = batch
-        for _, count in step.chunks:
+        for _, count in chunks:
             tokens += count
-        seconds = self._host_s + self._tokens(tokens) + self._prefill(step.chunks) + self._head(batch + chunks)
-        return seconds + self._decode(batch, sum(step.contexts)) if batch else seconds
+        seconds = self._host_s + self._tokens(tokens) + self._prefill(chunks) + self._head(batch + len(chunks))
+        return seconds + self._decode(batch, context_sum) if batch else seconds
 
     def decode_step_s(self, batch: int, context_sum: int) -> float:
         if not batch:
@@ -127,13 +126,13 @@ class GpuReplica:
 
     def stage_s(self, step: StepShape) -> float:
         """Seconds between two steps where each stage works on another one."""
-        return self.step_s(step) / self.pp
+        return step_s(self, step) / self.pp
 
     def transfer_s(self, tokens: int) -> float:
         return self.handoff.serial_s(tokens)
 
     def exposed_transfer_s(self, tokens: int) -> float:
-        return self.handoff.exposed_s(tokens, self.step_s(StepShape(((0, tokens),), ()))) if tokens > 0 else 0.0
+        return self.handoff.exposed_s(tokens, self.sum_s(((0, tokens),), 0, 0)) if tokens > 0 else 0.0
 
     def kv_tokens(self) -> int:
         """What memory leaves beside weights, communicators and the reserve; 0 when the model does not fit."""

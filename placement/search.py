@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 from placement.composition import (
     EVERY_SPLIT_UP_TO,
@@ -49,12 +49,12 @@ from placement.goodput import (
     whole_alone,
 )
 from placement.outcome import Slo
+from placement.stories import SERIAL, Story, together
 from placement.workload import Workload
 
 SLACK = 2.0  # how much better than promised a pool may be that shares its queue; a promise is of one replica
 LEAST_REQUESTS, MOST_REQUESTS = 2000, 20_000  # of a trial
 WAVE = 2  # candidates of a variant tried side by side once there is something to try them against
-Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 Progress = Callable[[str], None]
 
 
@@ -84,30 +84,33 @@ class Found:
 
 
 def search(
-    space: Space, gpus: int, trial: Trial, *, mapper: Mapper = map, progress: Progress = lambda _: None
+    space: Space, gpus: int, trial: Trial, *, executor: Executor = SERIAL, progress: Progress = lambda _: None
 ) -> Found:
-    """The best composition of every variant on at most ``gpus`` accelerators. ``mapper`` may use several processes."""
+    """The best composition of every variant on at most ``gpus`` accelerators.
+
+    ``executor`` may have several processes, which all variants share: one waits for its own results only.
+    """
     trial = trial.trimmed()
-    prefills, decodes, wholes = _phases_alone(space, gpus, trial, mapper, progress)
-    gates, tried = Gates(), 0
-    variants = (
-        colocated(wholes, gpus),  # first: its simulations take longest
-        splits(prefills, decodes, gpus),
-        near_splits(space, prefills, decodes, gpus),
-    )
     slack = SLACK if gpus > EVERY_SPLIT_UP_TO else math.inf
-    contests = [_Contest(variant, gates, slack) for variant in variants]
-    while wave := [(contest, task) for contest in contests for task in contest.wave()]:
-        results = mapper(_Better(trial), [task for _, task in wave])
-        for (contest, task), (answers, rate) in zip(wave, results, strict=True):
-            tried += all(answers)
-            if contest.tried(task, answers, rate):
-                composition = task.promise.composition
-                progress(f"{rate:.2f} requests/s on {composition.gpus}: {composition.title}")
+    wholes, prefills, decodes = (  # whole sequences first: their simulations take longest
+        _Phase(kind, [way for way in ways if way.gpus <= gpus], trial, executor, progress)
+        for kind, ways in (("whole", space.whole), ("prefill", space.prefill), ("decode", space.decode))
+    )
+    contests = [_Contest(trial, slack, executor, progress) for _ in range(3)]
+    one, low, high = contests
+    both = [prefills, decodes]
+    together(
+        [
+            one.run([wholes], lambda: colocated(wholes.rates(), gpus)),
+            low.run(both, lambda: splits(prefills.rates(), decodes.rates(), gpus)),
+            high.run(both, lambda: near_splits(space, prefills.rates(), decodes.rates(), gpus)),
+        ]
+    )
     best = sorted(
         (contest.best for contest in contests if contest.best), key=lambda s: (-s.goodput, s.composition.gpus)
     )
-    return Found(space, tuple(best), tuple(prefills.items()), tuple(decodes.items()), tuple(wholes.items()), tried)
+    alone = (tuple(phase.rates().items()) for phase in (prefills, decodes, wholes))
+    return Found(space, tuple(best), *alone, tried=sum(contest.tried for contest in contests))
 
 
 def enough(space: Space, gpus: int, workload: Workload, slo: Slo) -> int:
@@ -145,34 +148,47 @@ def exhaustive(space: Space, gpus: int, trial: Trial) -> Scored | None:
     return best
 
 
-def _phases_alone(
-    space: Space, gpus: int, trial: Trial, mapper: Mapper, progress: Progress
-) -> tuple[Rates, Rates, Rates]:
-    """Goodput per replica of prefill, decode and whole sequences; of every degree the best batch setting."""
-    tasks = [
-        (kind, ways)
-        for kind, pool in (("prefill", space.prefill), ("decode", space.decode), ("whole", space.whole))
-        for ways in by_degree(way for way in pool if way.gpus <= gpus)
-    ]
-    progress(f"{len(tasks)} degrees of parallelism, each alone")
-    phases: dict[str, dict[Way, float]] = {"prefill": {}, "decode": {}, "whole": {}}
-    for (kind, ways), (index, rate) in zip(tasks, mapper(_Alone(trial), tasks), strict=True):
-        if rate > 0:
-            way = ways[index]
-            phases[kind][way] = rate
-            progress(f"{kind} alone: {rate / way.gpus:.2f} requests/s per accelerator with {way}")
-    return phases["prefill"], phases["decode"], phases["whole"]
+class _Phase:
+    """One kind of worker alone: of every degree the best batch setting, and its goodput per replica."""
+
+    def __init__(self, kind: str, ways: Sequence[Way], trial: Trial, executor: Executor, progress: Progress) -> None:
+        self._kind, self._degrees, self._progress = kind, by_degree(ways), progress
+        self.asked = [executor.submit(_Alone(trial), kind, degree) for degree in self._degrees]
+        self._rates: dict[Way, float] = {}
+
+    def rates(self) -> Rates:
+        """Of what meets the SLO at any rate. Once all that was ``asked`` is there."""
+        if not self._rates:
+            for degree, future in zip(self._degrees, self.asked, strict=True):
+                index, rate = future.result()
+                if rate > 0:
+                    way = degree[index]
+                    self._rates[way] = rate
+                    self._progress(f"{self._kind} alone: {rate / way.gpus:.2f} requests/s per accelerator with {way}")
+        return self._rates
 
 
 class _Contest:
     """The candidates of one variant, each against the best of it so far."""
 
-    def __init__(self, promises: Iterable[Promise], gates: Gates, slack: float) -> None:
+    def __init__(self, trial: Trial, slack: float, executor: Executor, progress: Progress) -> None:
         self.best: Scored | None = None
-        self._gates, self._slack = gates, slack
-        self._candidates = deque(sorted(promises, key=lambda p: (-p.rate, p.composition.gpus)))
+        self.tried = 0  # candidates that were simulated as a whole
+        self._gates, self._slack = Gates(), slack
+        self._work, self._executor, self._progress = _Better(trial), executor, progress
+        self._candidates = deque[Promise]()
 
-    def wave(self) -> list[_Task]:
+    def run(self, needs: Sequence[_Phase], promises: Callable[[], Iterable[Promise]]) -> Story:
+        """Tries the candidates, which are known as soon as the phases that they consist of are."""
+        yield [future for phase in needs for future in phase.asked]
+        self._candidates += sorted(promises(), key=lambda p: (-p.rate, p.composition.gpus))
+        while wave := self._wave():
+            asked = [self._executor.submit(self._work, task) for task in wave]
+            yield asked
+            for task, future in zip(wave, asked, strict=True):
+                self._learn(task, *future.result())
+
+    def _wave(self) -> list[_Task]:
         """The next candidates that nothing known rules out, and what to ask of them."""
         wave: list[_Task] = []
         reached, most = (self.best.goodput, WAVE) if self.best else (0.0, 1)
@@ -184,13 +200,14 @@ class _Contest:
                 wave.append(_Task(promise, above, questions))
         return wave
 
-    def tried(self, task: _Task, answers: tuple[bool, ...], rate: float) -> bool:
-        """Whether ``rate`` makes the task's composition the best."""
+    def _learn(self, task: _Task, answers: tuple[bool, ...], rate: float) -> None:
+        """What became of one candidate, at the rate 0 where it is not above the best's."""
         self._gates.learn(task.questions, answers)
-        better = rate > (self.best.goodput if self.best else 0.0)
-        if better:
-            self.best = Scored(task.promise.composition, rate, task.promise.rate)
-        return better
+        self.tried += all(answers)
+        if rate > (self.best.goodput if self.best else 0.0):
+            composition = task.promise.composition
+            self.best = Scored(composition, rate, task.promise.rate)
+            self._progress(f"{rate:.2f} requests/s on {composition.gpus}: {composition.title}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +225,7 @@ class _Alone:
 
     trial: Trial
 
-    def __call__(self, task: tuple[str, tuple[Way, ...]]) -> tuple[int, float]:
-        kind, ways = task
+    def __call__(self, kind: str, ways: tuple[Way, ...]) -> tuple[int, float]:
         measure = {"prefill": prefill_alone, "decode": decode_alone, "whole": whole_alone}[kind]
         best, best_step = 0, UNMET
         for index, way in enumerate(ways):

@@ -20,7 +20,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from router.predict import Outlook, Timeline
@@ -122,8 +122,8 @@ class Admission:
         """
         if not self.predict or not self.waiting or self._seen(outlook, now_s).idle:
             return []
-        learned = replace(outlook.learned, ttft_factor=min(1.0, outlook.learned.ttft_factor))
-        victims = self._late(self.waiting, self._seen(replace(outlook, learned=learned), now_s), now_s)
+        learned = outlook.learned._replace(ttft_factor=min(1.0, outlook.learned.ttft_factor))
+        victims = self._late(self.waiting, self._seen(outlook._replace(learned=learned), now_s), now_s)
         self.waiting = _without(self.waiting, victims)
         return [self._shed(claim, outlook, now_s) for claim in victims]
 
@@ -219,8 +219,7 @@ class Admission:
             since_s = max(0.0, now_s - max(self._answered_s, oldest.sent_s))
             progress_s = min(since_s, oldest.claim.prompt_tokens * outlook.token_s)
             stalled_s = max(0.0, now_s - max(self._answered_s, min([one.expected_s for one in sent])))
-        seen = replace(
-            outlook,
+        seen = outlook._replace(
             own_tokens=sum([one.claim.prompt_tokens for one in sent]),
             own_sequences=self._begun_sequences,
             progress_s=progress_s,

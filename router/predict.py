@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from router.policy import WorkerView
 
@@ -56,8 +57,7 @@ class Mean:
         self._seen = True
 
 
-@dataclass(frozen=True, slots=True)
-class Learned:
+class Learned(NamedTuple):
     """What the router itself has seen lately."""
 
     ttft_factor: float = 1.0
@@ -93,8 +93,7 @@ class Learner:
         self._seat.observe(seat_s)
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
+class Outlook(NamedTuple):
     """The workers as one: a pool that computes prompts one after the other, and seats in decode batches.
 
     ``own_*``: what this router has sent, or is about to, whether or not workers have told of it yet.

@@ -134,7 +134,7 @@ class Serving(RuleBasedStateMachine):
                 assert slot not in writes, "two tokens of a step share a slot"
                 writes.add(slot)
         for page in {page for page, _ in writes}:
-            assert self.pool._references[page] == 1, "a shared page is written"
+            assert self.pool._references(page) == 1, "a shared page is written"
 
     def _compute(self, part: Slice) -> None:
         lossy = "" if self.scheduler._sequences[part.request_id].publishes or part.prefill_only else part.request_id

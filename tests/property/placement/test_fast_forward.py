@@ -8,34 +8,11 @@ from hypothesis import strategies as st
 
 from baton.config_admission import AdmissionConfig, ClassConfig
 from placement.cluster import Change, Cluster, Pool
-from placement.cost import StepShape
 from placement.linear import LinearCost
 from placement.outcome import End, Outcome
 from placement.replica import EngineLimits
 from placement.simulator import simulate
 from placement.workload import Arrival
-
-
-class PerSequence:
-    """A cost model whose decode cost is not a function of the contexts' sum."""
-
-    gpus = 1
-
-    def __init__(self, linear: LinearCost) -> None:
-        self._linear = linear
-
-    def step_s(self, step: StepShape) -> float:
-        return self._linear.step_s(step) + 1e-7 * max(step.contexts, default=0)
-
-    def transfer_s(self, tokens: int) -> float:
-        return self._linear.transfer_s(tokens)
-
-    def exposed_transfer_s(self, tokens: int) -> float:
-        return self._linear.exposed_transfer_s(tokens)
-
-    def kv_tokens(self) -> int:
-        return self._linear.kv_tokens()
-
 
 LENGTHS = st.tuples(st.floats(0, 0.4), st.integers(1, 400), st.integers(1, 60))
 COSTS = st.builds(
@@ -85,14 +62,14 @@ def summary(outcome: Outcome) -> list[tuple[object, ...]]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lengths=st.lists(LENGTHS, min_size=1, max_size=25), costs=st.tuples(COSTS, COSTS), limits=LIMITS,
-       changes=CHANGES, kind=st.tuples(st.booleans(), st.booleans(), st.booleans()), way_in=WAYS_IN,
+       changes=CHANGES, kind=st.tuples(st.booleans(), st.booleans()), way_in=WAYS_IN,
        blocks=st.lists(st.integers(0, 3), min_size=1, max_size=25))  # fmt: skip
 def test_runs_equal_single_steps(
     *,
     lengths: list[tuple[float, int, int]], costs: tuple[LinearCost, LinearCost], limits: EngineLimits,
-    changes: list[Change], kind: tuple[bool, bool, bool], way_in: AdmissionConfig | None, blocks: list[int],
+    changes: list[Change], kind: tuple[bool, bool], way_in: AdmissionConfig | None, blocks: list[int],
 ) -> None:  # fmt: skip
-    (prefill, decode), (split, summed, local) = costs, kind
+    (prefill, decode), (split, local) = costs, kind
     arrivals, at_s = [], 0.0
     for index, (gap_s, prompt, output) in enumerate(lengths):
         at_s += gap_s
@@ -100,9 +77,8 @@ def test_runs_equal_single_steps(
         arrivals.append(
             Arrival(at_s, prompt, output, tuple(8 * prefix + n for n in range(-(-prompt // 64) * (prefix > 0))))
         )
-    cost = decode if summed else PerSequence(decode)
     cluster = Cluster(
-        decode=Pool(cost, 2, limits),
+        decode=Pool(decode, 2, limits),
         prefill=Pool(prefill, 2, limits) if split else None,
         local_prefill=local,
         admission=way_in,

@@ -12,7 +12,7 @@ from baton import config
 from baton.errors import ConfigError
 from placement import goodput, plan
 from placement.composition import Composition, Space, Way, cells_within, near_splits
-from placement.cost import StepShape
+from placement.cost import StepShape, step_s
 from placement.fewest import fewest
 from placement.gates import Gates, ask
 from placement.goodput import UNMET, Trial, climb, rate_at
@@ -160,7 +160,7 @@ def test_only_what_workers_can_be_is_searched_unless_asked_for() -> None:
     for far, near in zip(study.prefill, study.near_prefill, strict=True):
         assert far.key == near.key
         assert near.cost.transfer_s(1000) < far.cost.transfer_s(1000)
-        assert near.cost.step_s(StepShape(((0, 100),), ())) == far.cost.step_s(StepShape(((0, 100),), ()))
+        assert step_s(near.cost, StepShape(((0, 100),), ())) == step_s(far.cost, StepShape(((0, 100),), ()))
 
 
 def test_the_fewest_accelerators_may_lie_within_nodes() -> None:

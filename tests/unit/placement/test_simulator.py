@@ -8,7 +8,7 @@ from baton import plane
 from baton.config_routing import Strategy
 from placement import router_view
 from placement.cluster import Change, Cluster, Pool
-from placement.cost import StepShape
+from placement.cost import StepShape, step_s
 from placement.linear import LinearCost
 from placement.outcome import End, Outcome, Slo
 from placement.replica import EngineLimits
@@ -142,8 +142,8 @@ def test_the_same_input_gives_the_same_output() -> None:
 
 def test_linear_cost_of_mixed_steps_pays_the_constant_once() -> None:
     mixed = StepShape(((0, 10),), (100,))
-    assert COST.step_s(mixed) == pytest.approx(0.01 + 10 * 0.001)
-    assert COST.step_s(StepShape((), ())) == 0.0
+    assert step_s(COST, mixed) == pytest.approx(0.01 + 10 * 0.001)
+    assert step_s(COST, StepShape((), ())) == 0.0
 
 
 def test_workers_cache_prefixes_where_the_workload_knows_them() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigError
-from placement.cost import StepShape
+from placement.cost import StepShape, step_s
 from placement.fits import OptFit
 from placement.handoff_cost import HandoffCost
 
@@ -18,17 +18,17 @@ PAIRS = st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 2000)), min_size
 
 def test_prefill_by_hand() -> None:
     step = StepShape(((0, 100), (0, 300)), ())
-    assert FIT.step_s(step) == pytest.approx((20 + 0.1 * 400 + 1e-5 * (100**2 + 300**2)) / 1e3)
+    assert step_s(FIT, step) == pytest.approx((20 + 0.1 * 400 + 1e-5 * (100**2 + 300**2)) / 1e3)
 
 
 @pytest.mark.parametrize(("batch", "milliseconds"), [(94, 10 + 94 + 0.05 * 94), (95, 8 + 0.0005 * 95_000 + 0.1 * 95)])
 def test_decode_by_hand_on_both_sides_of_the_threshold(batch: int, milliseconds: float) -> None:
-    assert FIT.step_s(StepShape((), (1000,) * batch)) == pytest.approx(milliseconds / 1e3)
+    assert step_s(FIT, StepShape((), (1000,) * batch)) == pytest.approx(milliseconds / 1e3)
 
 
 def test_mixed_step_pays_the_weights_once() -> None:
-    mixed = FIT.step_s(StepShape(((0, 100),), (500, 700)))
-    apart = FIT.step_s(StepShape(((0, 100),), ())) + FIT.step_s(StepShape((), (500, 700)))
+    mixed = step_s(FIT, StepShape(((0, 100),), (500, 700)))
+    apart = step_s(FIT, StepShape(((0, 100),), ())) + step_s(FIT, StepShape((), (500, 700)))
     assert mixed == pytest.approx(apart - 0.010)
 
 
@@ -36,19 +36,19 @@ def test_mixed_step_pays_the_weights_once() -> None:
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=6))
 def test_chunks_sum_to_their_prompt_and_one_constant_each(counts: list[int]) -> None:
     starts = [sum(counts[:i]) for i in range(len(counts))]
-    chunks = sum(FIT.step_s(StepShape(((a, n),), ())) for a, n in zip(starts, counts, strict=True))
-    assert chunks == pytest.approx(FIT.step_s(StepShape(((0, sum(counts)),), ())) + 0.020 * (len(counts) - 1))
+    chunks = sum(step_s(FIT, StepShape(((a, n),), ())) for a, n in zip(starts, counts, strict=True))
+    assert chunks == pytest.approx(step_s(FIT, StepShape(((0, sum(counts)),), ())) + 0.020 * (len(counts) - 1))
 
 
 @settings(deadline=None)
 @given(PAIRS)
 def test_decode_sum_form_is_the_step(pairs: list[tuple[int, int]]) -> None:
     contexts = tuple(a + b for a, b in pairs)
-    assert FIT.decode_step_s(len(contexts), sum(contexts)) == FIT.step_s(StepShape((), contexts))
+    assert FIT.decode_step_s(len(contexts), sum(contexts)) == step_s(FIT, StepShape((), contexts))
 
 
 def test_empty_step_costs_nothing() -> None:
-    assert FIT.step_s(StepShape((), ())) == 0.0
+    assert step_s(FIT, StepShape((), ())) == 0.0
     assert FIT.transfer_s(100) == FIT.exposed_transfer_s(100) == 0.0
 
 
@@ -58,15 +58,15 @@ def test_handoff_is_a_term_of_its_own() -> None:
     assert fit.transfer_s(100) == pytest.approx(0.1)
     # Prefill of 100 tokens takes 30.1 ms, so the wire falls behind by 69.9 ms in nine of ten layers.
     assert fit.exposed_transfer_s(100) == pytest.approx(0.01 + (0.1 - 0.0301) * 0.9)
-    assert fit.stage_s(StepShape((), (10,))) == pytest.approx(fit.step_s(StepShape((), (10,))) / 2)
+    assert fit.stage_s(StepShape((), (10,))) == pytest.approx(step_s(fit, StepShape((), (10,))) / 2)
 
 
 def test_published_opt_13b(data: Path) -> None:
     fit = OptFit.load(data / "distserve" / "profiler-a100-80g.distserve.json", tp=2, pp=4)
-    assert fit.step_s(StepShape(((0, 1000),), ())) == pytest.approx(
+    assert step_s(fit, StepShape(((0, 1000),), ())) == pytest.approx(
         (14.742973695171262 + 0.06857720739764 * 1000 + 2.4495727400243586e-06 * 1e6) / 1e3
     )
-    assert fit.step_s(StepShape((), (500,) * 10)) == pytest.approx(
+    assert step_s(fit, StepShape((), (500,) * 10)) == pytest.approx(
         (13.294796350285385 + 0.00034109219700723494 * 5000 + 0.06296393225243659 * 10) / 1e3
     )
     assert fit.kv_tokens() == 744224

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigError
-from placement.cost import StepShape
+from placement.cost import StepShape, step_s
 from placement.profile import CodecSpeed, Machine, Profile, ProfiledReplica, Serving, Speed, handoffs_of
 from placement.step_fit import Observation, StepFit, held_out, non_negative
 
@@ -63,17 +63,17 @@ def test_held_out_error_is_about_the_noise() -> None:
 @given(CHUNKS, CONTEXTS)
 def test_replica_is_the_fit(chunks: list[tuple[int, int]], contexts: list[int]) -> None:
     step = StepShape(tuple(chunks), tuple(contexts))
-    assert REPLICA.step_s(step) == pytest.approx(REPLICA.fit.seconds(step) if chunks or contexts else 0.0, rel=1e-9)
-    assert REPLICA.decode_step_s(len(contexts), sum(contexts)) == REPLICA.step_s(StepShape((), step.contexts))
+    assert step_s(REPLICA, step) == pytest.approx(REPLICA.fit.seconds(step) if chunks or contexts else 0.0, rel=1e-9)
+    assert REPLICA.decode_step_s(len(contexts), sum(contexts)) == step_s(REPLICA, StepShape((), step.contexts))
 
 
 @settings(deadline=None)
 @given(CHUNKS, CONTEXTS, st.integers(0, 1500), st.integers(1, 500))
 def test_more_work_never_takes_less(chunks: list[tuple[int, int]], contexts: list[int], start: int, count: int) -> None:
-    seconds = REPLICA.step_s(StepShape(tuple(chunks), tuple(contexts))) * (1 - 1e-9)
-    assert REPLICA.step_s(StepShape((*chunks, (start, count)), tuple(contexts))) >= seconds
-    assert REPLICA.step_s(StepShape(tuple(chunks), (*contexts, count))) >= seconds
-    assert REPLICA.step_s(StepShape(tuple(chunks), tuple(c + 100 for c in contexts))) >= seconds
+    seconds = step_s(REPLICA, StepShape(tuple(chunks), tuple(contexts))) * (1 - 1e-9)
+    assert step_s(REPLICA, StepShape((*chunks, (start, count)), tuple(contexts))) >= seconds
+    assert step_s(REPLICA, StepShape(tuple(chunks), (*contexts, count))) >= seconds
+    assert step_s(REPLICA, StepShape(tuple(chunks), tuple(c + 100 for c in contexts))) >= seconds
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_serving_adds_to_the_steps_of_either_kind_of_worker() -> None:
         StepShape(((0, 100), (20, 50)), ()),
         ProfiledReplica(_profile(), codec="raw", transport="tcp", kv_tokens=1),
     )
-    assert prefill.step_s(step) - plain.step_s(step) == pytest.approx(2 * 0.03 + 150 * 1e-5)
-    assert decode.step_s(step) - plain.step_s(step) == pytest.approx(1e-3)
+    assert step_s(prefill, step) - step_s(plain, step) == pytest.approx(2 * 0.03 + 150 * 1e-5)
+    assert step_s(decode, step) - step_s(plain, step) == pytest.approx(1e-3)
     assert decode.decode_step_s(3, 300) - plain.decode_step_s(3, 300) == pytest.approx(1e-3)
 
 
@@ -128,9 +128,9 @@ def test_handoff_takes_its_speeds_from_the_profile() -> None:
 
 def test_extrapolation_is_counted() -> None:
     replica = ProfiledReplica(_profile(), codec="raw", transport="tcp", kv_tokens=1)
-    replica.step_s(StepShape(((0, 400),), (2000,) * 20))
+    step_s(replica, StepShape(((0, 400),), (2000,) * 20))
     assert not replica.extrapolations
-    assert replica.step_s(StepShape(((0, 4000),), ())) > replica.step_s(StepShape(((0, 512),), ()))
+    assert step_s(replica, StepShape(((0, 4000),), ())) > step_s(replica, StepShape(((0, 512),), ()))
     assert replica.extrapolations == {"longer contexts than measured": 1, "more rows in a step than measured": 1}
 
 

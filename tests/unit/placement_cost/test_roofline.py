@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import ConfigError
-from placement.cost import StepShape
+from placement.cost import StepShape, step_s
 from placement.handoff_cost import HandoffCost
 from placement.hardware import GEMM_EFFICIENCY, Hardware
 from placement.kernels import Heads, RooflineKernels
@@ -33,17 +33,17 @@ def measured(h200: Tables) -> GpuReplica:
 
 def _check_rises(model: GpuReplica, chunks: list[tuple[int, int]], contexts: list[int]) -> None:
     step = StepShape(tuple(chunks), tuple(contexts))
-    seconds = model.step_s(step)
+    seconds = step_s(model, step)
     assert seconds > 0 if chunks or contexts else seconds == 0
     slack = 1 - 1e-9
-    assert model.step_s(StepShape((*step.chunks, (0, 64)), step.contexts)) >= seconds * slack
+    assert step_s(model, StepShape((*step.chunks, (0, 64)), step.contexts)) >= seconds * slack
     mean = -(-sum(contexts) // len(contexts)) if contexts else 64
-    assert model.step_s(StepShape(step.chunks, (*step.contexts, mean))) >= seconds * slack
-    assert model.step_s(StepShape(step.chunks, (*step.contexts, 64))) >= 0.95 * seconds
+    assert step_s(model, StepShape(step.chunks, (*step.contexts, mean))) >= seconds * slack
+    assert step_s(model, StepShape(step.chunks, (*step.contexts, 64))) >= 0.95 * seconds
     longer = StepShape(step.chunks, tuple(context + 500 for context in step.contexts))
-    assert model.step_s(longer) >= seconds * slack
+    assert step_s(model, longer) >= seconds * slack
     grown = StepShape(tuple((start, count + 50) for start, count in step.chunks), step.contexts)
-    assert model.step_s(grown) >= seconds * slack
+    assert step_s(model, grown) >= seconds * slack
 
 
 @settings(deadline=None)
@@ -63,15 +63,15 @@ def test_more_work_never_takes_less_on_measured_tables(measured: GpuReplica) -> 
 @given(MODELS, st.lists(st.integers(1, 5000), min_size=1, max_size=64))
 def test_sum_of_contexts_is_enough(model: GpuReplica, contexts: list[int]) -> None:
     by_sum = model.decode_step_s(len(contexts), sum(contexts))
-    assert by_sum == model.step_s(StepShape((), tuple(contexts)))
+    assert by_sum == step_s(model, StepShape((), tuple(contexts)))
 
 
 @settings(deadline=None)
 @given(MODELS, st.lists(st.integers(1, 3000), min_size=2, max_size=6))
 def test_chunks_cost_at_least_their_prompt(model: GpuReplica, counts: list[int]) -> None:
     starts = [sum(counts[:i]) for i in range(len(counts))]
-    apart = sum(model.step_s(StepShape(((a, n),), ())) for a, n in zip(starts, counts, strict=True))
-    assert apart >= model.step_s(StepShape(((0, sum(counts)),), ())) * (1 - 1e-9)
+    apart = sum(step_s(model, StepShape(((a, n),), ())) for a, n in zip(starts, counts, strict=True))
+    assert apart >= step_s(model, StepShape(((0, sum(counts)),), ())) * (1 - 1e-9)
 
 
 @settings(deadline=None)
@@ -79,8 +79,8 @@ def test_chunks_cost_at_least_their_prompt(model: GpuReplica, counts: list[int])
 def test_mixed_step_lies_between_the_longer_part_and_the_sum(
     model: GpuReplica, chunks: list[tuple[int, int]], contexts: list[int]
 ) -> None:
-    mixed = model.step_s(StepShape(tuple(chunks), tuple(contexts)))
-    parts = model.step_s(StepShape(tuple(chunks), ())), model.step_s(StepShape((), tuple(contexts)))
+    mixed = step_s(model, StepShape(tuple(chunks), tuple(contexts)))
+    parts = step_s(model, StepShape(tuple(chunks), ())), step_s(model, StepShape((), tuple(contexts)))
     assert max(parts) * (1 - 1e-9) <= mixed <= sum(parts) * 1.05
 
 
@@ -92,7 +92,7 @@ def test_one_decode_reads_the_weights_once() -> None:
 def test_large_prefill_runs_at_the_reached_flops() -> None:
     tokens = 8192
     flops = 2 * LLAMA_8B.layers * LLAMA_8B.layer_parameters * tokens
-    seconds = ONE.step_s(StepShape(((0, tokens),), ()))
+    seconds = step_s(ONE, StepShape(((0, tokens),), ()))
     assert flops / H200.peak_flops("bfloat16") < seconds < 1.6 * flops / GEMM_EFFICIENCY / H200.peak_flops("bfloat16")
 
 
@@ -119,8 +119,8 @@ def test_tensor_ranks_speed_up_less_than_their_number() -> None:
 def test_pipeline_adds_sends_to_a_step_and_divides_the_interval() -> None:
     step = StepShape(((0, 1000),), ())
     straight, staged = replica(LLAMA_8B, H200), replica(LLAMA_8B, H200, pp=4)
-    assert straight.step_s(step) < staged.step_s(step) < 1.05 * straight.step_s(step)
-    assert staged.stage_s(step) == pytest.approx(staged.step_s(step) / 4)
+    assert step_s(straight, step) < step_s(staged, step) < 1.05 * step_s(straight, step)
+    assert staged.stage_s(step) == pytest.approx(step_s(staged, step) / 4)
     assert staged.gpus == 4
     assert staged.kv_tokens() > 4 * straight.kv_tokens()
 
@@ -141,28 +141,28 @@ def test_transfer_goes_over_every_ranks_port() -> None:
 def test_another_handoff_shares_the_steps() -> None:
     near = FOUR.with_handoff(HandoffCost(LLAMA_70B.kv_token_bytes, 80, 4 * 450e9))
     step = StepShape(((0, 100), (500, 30)), (700, 800))
-    assert near.step_s(step) == FOUR.step_s(step)
+    assert step_s(near, step) == step_s(FOUR, step)
     assert near.transfer_s(1000) < FOUR.transfer_s(1000) / 8
-    near.step_s(StepShape(((0, 2 * STEP_TOKENS),), ()))
+    step_s(near, StepShape(((0, 2 * STEP_TOKENS),), ()))
     assert near.extrapolations != FOUR.extrapolations
 
 
 def test_beyond_the_tables_is_counted_and_still_rises() -> None:
     model = replica(LLAMA_8B, H200)
     assert not model.extrapolations
-    inside = model.step_s(StepShape(((0, STEP_TOKENS),), ()))
-    assert model.step_s(StepShape(((0, 2 * STEP_TOKENS),), ())) > 1.9 * inside
-    assert model.step_s(StepShape(((CONTEXT_TOKENS, 100),), ())) > model.step_s(StepShape(((1000, 100),), ()))
+    inside = step_s(model, StepShape(((0, STEP_TOKENS),), ()))
+    assert step_s(model, StepShape(((0, 2 * STEP_TOKENS),), ())) > 1.9 * inside
+    assert step_s(model, StepShape(((CONTEXT_TOKENS, 100),), ())) > step_s(model, StepShape(((1000, 100),), ()))
     assert sum(model.extrapolations.values()) == 2
 
 
 def test_measured_tables_say_what_they_do_not_cover(measured: GpuReplica, h200: Tables) -> None:
     model = replica(LLAMA_70B, H200, h200, tp=8)
     before = sum(model.extrapolations.values())
-    model.step_s(StepShape(((0, 2048),), ()))
+    step_s(model, StepShape(((0, 2048),), ()))
     model.decode_step_s(64, 64 * 1000)
     assert sum(model.extrapolations.values()) == before
-    model.step_s(StepShape(((0, 16_384), (16_384, 1000)), ()))
+    step_s(model, StepShape(((0, 16_384), (16_384, 1000)), ()))
     assert model.extrapolations["prefill attention over a longer context than measured"] == 1
     model.decode_step_s(2000, 2000 * 100_000)
     assert model.extrapolations["decode attention outside what was measured"] == 1
