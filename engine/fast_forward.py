@@ -68,11 +68,10 @@ class _Batch:
         self.tell(sequence)
         self.fills[self._fills_at(sequence)] -= 1
         self.context -= sequence.known
+        if self._end(sequence) > self.now:  # else :meth:`done` took it out
+            self.ends = [entry for entry in self.ends if entry[2] is not sequence]
+            heapify(self.ends)
         del self.joined[sequence]
-        rest = [entry for entry in self.ends if entry[2] is not sequence]
-        if len(rest) < len(self.ends):
-            heapify(rest)
-            self.ends = rest
         if sequence in self.fresh:
             self.fresh.remove(sequence)
 

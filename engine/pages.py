@@ -71,7 +71,7 @@ class PagePool:
         del self._free[left:]
         taken.reverse()
         self._used.update(taken)
-        self.high_water = max(self.high_water, self.used)
+        self.high_water = max(self.high_water, len(self._used))
         return taken
 
     def keep(self, page: int) -> None:
@@ -92,14 +92,17 @@ class PagePool:
                 self._used.add(page)
             else:
                 raise PageIntegrityError(f"page {page} is free and cannot be shared")
-        self.high_water = max(self.high_water, self.used)
+        self.high_water = max(self.high_water, len(self._used))
 
     def drop(self, pages: Iterable[int]) -> None:
         """Takes one reference from each of ``pages`` in turn; those without any left are free or idle."""
         self.changes += 1
         pages = list(pages)
-        if self._are_plain(pages):
+        if self._kept.isdisjoint(pages) and self._shared.keys().isdisjoint(pages):  # most are: all go at once
+            left = len(self._used) - len(pages)
             self._used.difference_update(pages)
+            if len(self._used) != left:
+                raise PageIntegrityError(f"of pages {pages} one is already free")
             self._free += pages
             return
         for page in pages:
@@ -113,16 +116,6 @@ class PagePool:
                 self._idle[page] = None
             else:
                 self._free.append(page)
-
-    def _are_plain(self, pages: Sequence[int]) -> bool:
-        """Whether each of ``pages`` is there once, referenced once and not kept: most are, and such go all at once."""
-        distinct = set(pages)
-        return (
-            len(distinct) == len(pages)
-            and self._used.issuperset(distinct)
-            and self._kept.isdisjoint(distinct)
-            and self._shared.keys().isdisjoint(distinct)
-        )
 
     def _unshare(self, page: int) -> None:
         if self._shared[page] == 1:

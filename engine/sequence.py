@@ -128,5 +128,8 @@ class Sequence:
 
 
 def insert(queue: list[Sequence], sequence: Sequence) -> None:
-    """Keeps ``queue`` sorted by rank."""
-    bisect.insort(queue, sequence, key=lambda s: s.rank)
+    """Keeps ``queue`` sorted by rank. Mostly the newest comes last."""
+    if not queue or queue[-1].rank < sequence.rank:
+        queue.append(sequence)
+    else:
+        bisect.insort(queue, sequence, key=lambda s: s.rank)

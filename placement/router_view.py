@@ -113,11 +113,17 @@ class RouterView:
 
     def views(self, role: Role, workers: Sequence[Replica], lines: Lines) -> tuple[WorkerView, ...]:
         """The same tuple as before if nothing has changed. ``workers`` must be another list when it holds others."""
-        known = self._views.get(role)
-        if known is None or known.workers is not workers or self._timeline.now_s - known.oldest_s >= LOAD_AGE_S:
-            views = tuple([self._view(worker, role, lines) for worker in workers])
-            oldest_s = min([self._seen[worker.name].at_s for worker in workers], default=self._timeline.now_s)
-            known = self._views[role] = _Views(workers, views, oldest_s)
+        known, now_s = self._views.get(role), self._timeline.now_s
+        if known is None or known.workers is not workers or now_s - known.oldest_s >= LOAD_AGE_S:
+            views, oldest_s, knows = [], now_s, self._seen
+            for worker in workers:
+                seen = knows.get(worker.name)
+                if seen is None or now_s - seen.at_s >= LOAD_AGE_S:
+                    seen = self._told(worker, role, lines)
+                views.append(seen.kept or seen.view(worker.name))
+                if seen.at_s < oldest_s:
+                    oldest_s = seen.at_s
+            known = self._views[role] = _Views(workers, tuple(views), oldest_s)
         return known.views
 
     def forget(self, worker: Replica) -> None:
@@ -130,14 +136,20 @@ class RouterView:
         return _named(workers, strategies.choose_prefill(self._strategy, views, prompt, factor=self._factor))
 
     def _view(self, worker: Replica, role: Role, lines: Lines) -> WorkerView:
-        seen, now_s = self._seen.get(worker.name), self._timeline.now_s
-        if seen is None or now_s - seen.at_s >= LOAD_AGE_S:
-            load = worker.load(line=len(lines.get(worker.name, ())))
-            self._hear(worker, role, first=seen is None)
-            handoffs = seen.handoffs if seen else PromptSpeed()
-            seen = self._seen[worker.name] = _Seen(now_s, load, handoffs=handoffs)
-            self._views.pop(role, None)
+        seen = self._seen.get(worker.name)
+        if seen is None or self._timeline.now_s - seen.at_s >= LOAD_AGE_S:
+            seen = self._told(worker, role, lines)
         return seen.view(worker.name)
+
+    def _told(self, worker: Replica, role: Role, lines: Lines) -> _Seen:
+        """The worker pushes its load."""
+        before = self._seen.get(worker.name)
+        load = worker.load(line=len(lines.get(worker.name, ())))
+        self._hear(worker, role, first=before is None)
+        handoffs = before.handoffs if before else PromptSpeed()
+        seen = self._seen[worker.name] = _Seen(self._timeline.now_s, load, handoffs=handoffs)
+        self._views.pop(role, None)
+        return seen
 
     def _changed(self, role: Role, worker: Replica) -> _Seen:
         seen = self._seen[worker.name]

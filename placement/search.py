@@ -97,20 +97,25 @@ def search(
         for kind, ways in (("whole", space.whole), ("prefill", space.prefill), ("decode", space.decode))
     )
     contests = [_Contest(trial, slack, executor, progress) for _ in range(3)]
-    one, low, high = contests
-    both = [prefills, decodes]
+    whole, far, near = contests
     together(
         [
-            one.run([wholes], lambda: colocated(wholes.rates(), gpus)),
-            low.run(both, lambda: splits(prefills.rates(), decodes.rates(), gpus)),
-            high.run(both, lambda: near_splits(space, prefills.rates(), decodes.rates(), gpus)),
+            whole.run([wholes], lambda: colocated(wholes.rates(), gpus)),
+            far.run([prefills, decodes], lambda: splits(prefills.rates(), decodes.rates(), gpus)),
+            near.run([prefills, decodes], lambda: near_splits(space, prefills.rates(), decodes.rates(), gpus)),
         ]
     )
     best = sorted(
         (contest.best for contest in contests if contest.best), key=lambda s: (-s.goodput, s.composition.gpus)
     )
-    alone = (tuple(phase.rates().items()) for phase in (prefills, decodes, wholes))
-    return Found(space, tuple(best), *alone, tried=sum(contest.tried for contest in contests))
+    return Found(
+        space,
+        tuple(best),
+        prefill_alone=prefills.alone,
+        decode_alone=decodes.alone,
+        whole_alone=wholes.alone,
+        tried=sum(contest.tried for contest in contests),
+    )
 
 
 def enough(space: Space, gpus: int, workload: Workload, slo: Slo) -> int:
@@ -155,6 +160,10 @@ class _Phase:
         self._kind, self._degrees, self._progress = kind, by_degree(ways), progress
         self.asked = [executor.submit(_Alone(trial), kind, degree) for degree in self._degrees]
         self._rates: dict[Way, float] = {}
+
+    @property
+    def alone(self) -> tuple[tuple[Way, float], ...]:
+        return tuple(self.rates().items())
 
     def rates(self) -> Rates:
         """Of what meets the SLO at any rate. Once all that was ``asked`` is there."""

@@ -132,16 +132,17 @@ class Admission:
         if not self.waiting:
             return None
         outlook, claim = self._seen(outlook, now_s), self.waiting[0]
+        line = Timeline(outlook)
         if not outlook.idle:
             if outlook.backlog_s > self.lead_s:
                 return None
-            free, total = outlook.seats(self._limit_s(claim))
+            free, total = line.seats(self._limit_s(claim))
             if free < min(claim.sequences, total):
                 return None
         self._begun[claim.number] = self.waiting.pop(0)
         self._begun_sequences += claim.sequences
         self._promised[claim.tpot_s] += 1
-        expected_s = Timeline(outlook).first_token_s(claim.prompt_tokens, claim.sequences, math.inf)
+        expected_s = line.first_token_s(claim.prompt_tokens, claim.sequences, math.inf)
         self._unanswered[claim.number] = _Sent(claim, now_s, now_s + (expected_s or math.inf))
         self._last_seen = None
         return claim

@@ -171,11 +171,15 @@ class Timeline:
 
     def seat_s(self, sequences: int, limit_s: float) -> float:
         """Until the next one has its seats; 0 where there are enough, or nobody knows how long they are kept."""
-        if limit_s not in self._seats:
-            self._seats[limit_s] = self.outlook.seats(limit_s)
-        free, total = self._seats[limit_s]
+        free, total = self.seats(limit_s)
         short = self.sequences + min(sequences, total) - free
         return short * self.outlook.learned.seat_s / total if 0.0 < short < math.inf else 0.0
+
+    def seats(self, limit_s: float) -> tuple[float, float]:
+        """As :meth:`Outlook.seats`."""
+        if limit_s not in self._seats:
+            self._seats[limit_s] = self.outlook.seats(limit_s)
+        return self._seats[limit_s]
 
     def place(self, tokens: int, sequences: int) -> None:
         self.tokens, self.sequences = self.tokens + tokens, self.sequences + sequences

