@@ -34,10 +34,6 @@ class Errands:
     token_s: float
     first_s: float
 
-    def cores(self, rate_per_s: float, output_tokens: float) -> float:
-        """In use at that rate of requests with so many tokens each."""
-        return rate_per_s * (self.request_s + self.token_s * output_tokens)
-
 
 async def measure(target: load.Target, model: pb.Model, ours: Sequence[psutil.Process], rest: machine.Cores) -> Errands:
     """``ours``: the service's processes; ``rest``: what is in use without requests. Raises RuntimeError when a request

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import statistics
+import time
 from dataclasses import asdict
 from typing import Any
 
 from baton.wire import inference_pb2 as pb
 from bench import errands, machine
 from bench.load import Target
-from placement.pulse import Pulse
+from placement.pulse import Pulse, course
 
 LOCAL = ("127.0.0.1", "localhost")
 
@@ -43,8 +45,17 @@ class Host:
         """What is read next is from now on."""
         self._meter = machine.Meter(self._ours)
         if self._pulse is not None:
-            self._pulse.read()
+            self._pulse.beats()
+        self._begun_s = time.perf_counter()
 
     def read(self) -> dict[str, Any]:
-        """Since :meth:`begin`."""
-        return {"cores": asdict(self._meter.read()), "pulse_s": self._pulse.read() if self._pulse else None}
+        """Since :meth:`begin`. ``course``: the pulse at (seconds since then) and from there on."""
+        cores = asdict(self._meter.read())
+        if self._pulse is None:
+            return {"cores": cores, "pulse_s": None, "course": []}
+        beats = self._pulse.beats()
+        return {
+            "cores": cores,
+            "pulse_s": statistics.median([seconds for _, seconds in beats]),
+            "course": [(round(at_s - self._begun_s, 3), seconds) for at_s, seconds in course(beats)],
+        }

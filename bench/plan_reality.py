@@ -12,7 +12,7 @@ import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from bench import goodput
 from bench.errands import Errands
 from bench.stats import percentile
 from placement.cluster import Cluster, Pool
+from placement.host import SharedMachine
 from placement.outcome import End, Slo
 from placement.profile import Profile, ProfiledReplica
 from placement.replica import EngineLimits
@@ -140,7 +141,8 @@ def _row(profile: Profile, runs: Sequence[Run], settings: configs.Config) -> dic
     """``as_profiled``: the error without the correction for the machine's speed during the runs."""
     measured = [one for document, run in runs for one in _measured(document, run)]
     predicted = [one for each in runs for one in _predicted(profile.at(each[1]["pulse_s"]), each, settings)]
-    uncorrected = [one for each in runs for one in _predicted(profile, each, settings)]
+    steady = [(document, {**run, "course": ()}) for document, run in runs]
+    uncorrected = [one for each in steady for one in _predicted(profile, each, settings)]
     row: dict[str, Any] = {
         "requests": len(measured),
         "pulse": [run["pulse_s"] / profile.pulse_s for _, run in runs],
@@ -179,10 +181,12 @@ def _predicted(profile: Profile, one: Run, settings: configs.Config) -> list[See
     options, errands = document["options"], Errands(**document["errands"])
     slo = Slo(options["ttft_ms"] / 1e3, options["tpot_ms"] / 1e3)
     arrivals = _arrivals(document, run, settings)
-    output = sum(arrival.output_tokens for arrival in arrivals) / len(arrivals)
     rest = document["at_rest"]
-    taken = rest["busy"] - (rest["others"] or 0.0) + errands.cores(run["rate_per_s"], output)
-    trips = simulate(_cluster(profile, document, settings, taken), arrivals).trips[options["warmup"] :]
+    machine = profile.shared(
+        rest["busy"] - (rest["others"] or 0.0), request_s=errands.request_s, token_s=errands.token_s
+    )
+    machine = replace(machine, course=_course(run))
+    trips = simulate(_cluster(profile, document, settings, machine), arrivals).trips[options["warmup"] :]
     seen = []
     for trip in trips:
         done, ttft_s = trip.end is End.FINISHED, trip.ttft_s + errands.first_s
@@ -191,12 +195,19 @@ def _predicted(profile: Profile, one: Run, settings: configs.Config) -> list[See
     return seen
 
 
+def _course(run: Mapping[str, Any]) -> tuple[tuple[float, float], ...]:
+    """How many times longer than at the run's pulse everything took, from when on."""
+    return tuple((max(0.0, at_s), pulse_s / run["pulse_s"]) for at_s, pulse_s in run.get("course", ()))
+
+
 def _met(seen: Sequence[Seen]) -> float:
     return sum(one.met for one in seen) / len(seen)
 
 
-def _cluster(profile: Profile, document: Mapping[str, Any], settings: configs.Config, taken_cores: float) -> Cluster:
-    """What served, as its configuration has it, on what others than the engines left of its cores."""
+def _cluster(
+    profile: Profile, document: Mapping[str, Any], settings: configs.Config, machine: SharedMachine
+) -> Cluster:
+    """What served, as its configuration has it."""
     pools, server = {}, document["server"]
     for role, pool in (("prefill", settings.prefill), ("decode", settings.decode)):
         transport = server["transport"] or settings.handoff.transport
@@ -215,7 +226,7 @@ def _cluster(profile: Profile, document: Mapping[str, Any], settings: configs.Co
         affinity_factor=settings.router.affinity_factor,
         local_prefill=settings.router.local_prefill,
         admission=settings.admission,
-        slowdown=profile.slowdown(pools["decode"].replicas + pools["prefill"].replicas, taken_cores),
+        machine=machine,
     )
 
 

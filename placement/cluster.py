@@ -8,7 +8,7 @@ from typing import Literal
 from baton.config_admission import AdmissionConfig
 from baton.config_routing import Strategy
 from placement.cost import CostModel
-from placement.host import ALONE
+from placement.host import SharedMachine
 from placement.replica import EngineLimits
 from placement.router_view import Role
 
@@ -31,8 +31,8 @@ class Pool:
 class Cluster:
     """Both pools; without ``prefill`` the decode workers compute whole sequences. ``attempts``: tries per request.
 
-    ``admission``: None sends every request to the workers as it comes. ``slowdown``: of workers that share one machine,
-    see :mod:`placement.host`.
+    ``admission``: None sends every request to the workers as it comes. ``machine``: where all workers are on one,
+    see :mod:`placement.host`; None: each has its own.
     """
 
     decode: Pool
@@ -43,7 +43,7 @@ class Cluster:
     affinity_factor: float = 1.5
     local_prefill: bool = False  # decode workers compute prompts where that is sooner (router.policy)
     admission: AdmissionConfig | None = None
-    slowdown: tuple[float, ...] = ALONE
+    machine: SharedMachine | None = None
     paired: bool = False  # request n goes to the n-th pair of workers in turn (DistServe's 1:1 pairing)
 
     @property

@@ -1,15 +1,41 @@
 """One machine under several workers: what computes at the same time slows each other down.
 
-With n of them in a step, each takes ``slowdown[n - 1]`` times as long as alone: they share cores, caches and memory's
-bandwidth. Whenever that n changes, the rest of every step under way is stretched or shortened.
+Workers in a step want a core for each of their threads. Beside its steps every request and every token costs processor
+time too: the router's, the event loops', encoding and landing. That comes first, since the engine's threads give way
+(``engine.threads``), so that a step of many tokens slows everybody down more than one of few. With more wanted than
+there is, each step takes as many times longer:
+
+    factor = max(1, sum over those in a step of (threads + chores / step) / cores)
+
+and ``pair`` times more while two or more compute, who share caches and memory's bandwidth as well. A machine that has
+neighbours of its own is not always as fast, either (:mod:`placement.pulse`). Whenever the factor changes, the rest of
+every step under way is stretched or shortened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
-ALONE = (1.0,)  # workers whose steps do not feel each other
+from placement.events import Rank, Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMachine:
+    """``cores``: what is left for the workers and their requests. ``request_s``, ``token_s``: CPU seconds that a prompt
+    and an output token cost beside their steps. ``course``: from when on everything takes how many times as long."""
+
+    cores: float
+    threads: int = 1  # of each worker
+    pair: float = 1.0
+    request_s: float = 0.0
+    token_s: float = 0.0
+    course: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.cores > 0 and self.pair > 0):
+            raise ValueError(f"cores and pair must be positive, are {self.cores} and {self.pair}")
 
 
 class Tenant(Protocol):
@@ -18,31 +44,45 @@ class Tenant(Protocol):
 
 
 class Host:
-    def __init__(self, slowdown: Sequence[float] = ALONE) -> None:
-        """``slowdown``: by the number of workers in a step, from one; the last one holds for more."""
-        if not slowdown or min(slowdown) <= 0:
-            raise ValueError("slowdown needs one positive factor at least")
-        self._slowdown = tuple(slowdown)
-        self._computing: list[Tenant] = []
-        self.factor = self._slowdown[0]  # what a step takes now, in what it takes alone
+    """Without ``machine`` every worker has one of its own, and nobody feels another."""
 
-    def began(self, tenant: Tenant) -> None:
-        """``tenant`` is in a step from now on."""
-        self._computing.append(tenant)
-        self._stretch(tenant)
+    def __init__(self, machine: SharedMachine | None = None, timeline: Timeline | None = None) -> None:
+        """``timeline``: needed to follow a machine's course."""
+        self.machine = machine
+        self.factor = 1.0  # what a step takes now, in what it takes alone
+        self._wanted: dict[Tenant, float] = {}  # cores, by who is in a step
+        self._longer = 1.0  # than usually: the machine's course
+        if machine is not None and timeline is not None:
+            for at_s, longer in machine.course:
+                timeline.at(at_s, Rank.CHANGE, partial(self._follow, machine, longer))
 
-    def ended(self, tenant: Tenant) -> None:
+    def computes(self, tenant: Tenant, step_s: float, *, prompts: int, tokens: int) -> None:
+        """``tenant`` begins a step that takes ``step_s`` alone, ends so many prompts and gives so many tokens."""
+        machine = self.machine
+        if machine is None:
+            return
+        chores_s = prompts * machine.request_s + tokens * machine.token_s
+        wanted = machine.threads + (chores_s / step_s if step_s > 0 else 0.0)
+        if self._wanted.get(tenant) != wanted:
+            self._wanted[tenant] = wanted
+            self._stretch(machine, tenant)
+
+    def rests(self, tenant: Tenant) -> None:
         """``tenant`` has nothing to compute, or is gone."""
-        self._computing.remove(tenant)
-        self._stretch(tenant)
+        if self.machine is not None and self._wanted.pop(tenant, None) is not None:
+            self._stretch(self.machine, tenant)
 
-    def _stretch(self, cause: Tenant) -> None:
-        before, self.factor = self.factor, self._factor(len(self._computing))
+    def _follow(self, machine: SharedMachine, longer: float) -> None:
+        self._longer = longer
+        self._stretch(machine, None)
+
+    def _stretch(self, machine: SharedMachine, cause: Tenant | None) -> None:
+        before = self.factor
+        self.factor = self._longer * max(1.0, sum(self._wanted.values()) / machine.cores)
+        if len(self._wanted) > 1:
+            self.factor *= machine.pair
         ratio = self.factor / before
         if ratio != 1.0:
-            for tenant in self._computing:
+            for tenant in self._wanted:
                 if tenant is not cause:
                     tenant.retime(ratio)
-
-    def _factor(self, computing: int) -> float:
-        return self._slowdown[min(max(computing, 1), len(self._slowdown)) - 1]

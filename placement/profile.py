@@ -14,6 +14,7 @@ from baton.config_handoff import AUTO, EXACT_CODECS
 from baton.errors import ConfigError
 from placement.cost import StepShape
 from placement.handoff_cost import HandoffCost, choose
+from placement.host import SharedMachine
 from placement.step_fit import LEAST_STEPS, Observation, fitted, rows
 
 FORM = 1
@@ -98,18 +99,23 @@ class Profile:
             wires={name: one.slowed(longer) for name, one in self.wires.items()},
         )
 
-    def slowdown(self, workers: int, taken_cores: float = 0.0) -> tuple[float, ...]:
-        """How many times longer a step takes with 1 to ``workers`` of them computing on this machine than alone.
+    def shared(self, taken_cores: float = 0.0, *, request_s: float = 0.0, token_s: float = 0.0) -> SharedMachine:
+        """This machine, for workers that share it.
 
-        taken_cores: by what is no worker. It comes first (``engine.threads.give_way``); workers share what is left as
-        soon as their threads outnumber it. Beside that, two were measured to slow each other down, and more are taken
-        to do so as two do. Raises :class:`ConfigError` where nothing is left.
+        taken_cores: by what is no worker and has nothing to do with requests. ``request_s``, ``token_s``: what these
+        cost beside their steps. How many times longer a second worker makes a step was measured, the share of cores
+        that it takes included. Raises :class:`ConfigError` where nothing is left.
         """
         if taken_cores >= self.machine.cores:
             raise ConfigError(f"{taken_cores:g} of {self.machine.cores} cores leave none", field="taken_cores")
-        left, pair = self.machine.cores - taken_cores, max(1.0, 2 * self.threads / self.machine.cores)
-        crowded = [max(1.0, count * self.threads / left) for count in range(1, workers + 1)]
-        return tuple(share * (max(1.0, self.beside / pair) if at else 1.0) for at, share in enumerate(crowded))
+        crowded = max(1.0, 2 * self.threads / self.machine.cores)
+        return SharedMachine(
+            self.machine.cores - taken_cores,
+            self.threads,
+            pair=max(1.0, self.beside / crowded),
+            request_s=request_s,
+            token_s=token_s,
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

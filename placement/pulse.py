@@ -15,14 +15,21 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import TypeAlias
 
 from baton.errors import ConfigError
 
 ROWS, INNER, COLUMNS = 160, 576, 256  # float32: 1.1 MB
 REPEATS = 4
 BEAT_S = 0.25  # of which 8 ms are work
+WINDOW_S = 6.0  # two dozen beats: single ones scatter
+STRIDE_S = 2.0
 READY_S = 60.0
+
+Beat: TypeAlias = tuple[float, float]
+"""When it was, by ``time.perf_counter``, and its seconds."""
 
 
 class Pulse:
@@ -46,16 +53,34 @@ class Pulse:
         self._here.close()
 
     def read(self) -> float:
-        """Median seconds of the beats since the last reading; waits for one if there were none.
+        """Median seconds of the beats since the last reading; as :meth:`beats`."""
+        return statistics.median([seconds for _, seconds in self.beats()])
+
+    def beats(self) -> list[Beat]:
+        """Those since the last reading; waits for one if there were none.
 
         Raises :class:`ConfigError` when the process has ended.
         """
         if not self.process.is_alive():
             raise ConfigError("the pulse has stopped", field="pulse")
-        beats = [float(self._here.recv())]
+        beats = [self._here.recv()]
         while self._here.poll():
-            beats.append(float(self._here.recv()))
-        return statistics.median(beats)
+            beats.append(self._here.recv())
+        return beats
+
+
+def course(beats: Sequence[Beat]) -> list[Beat]:
+    """The pulse from each of these times on: every :data:`STRIDE_S` the median of the :data:`WINDOW_S` around it."""
+    if not beats:
+        return []
+    first_s, last_s = beats[0][0], beats[-1][0]
+    found = []
+    for stride in range(int((last_s - first_s) / STRIDE_S) + 1):
+        at_s = first_s + stride * STRIDE_S
+        near = [seconds for when_s, seconds in beats if abs(when_s - at_s - STRIDE_S / 2) <= WINDOW_S / 2]
+        if near:
+            found.append((at_s, statistics.median(near)))
+    return found
 
 
 def _beat(parent: Connection) -> None:
@@ -70,5 +95,6 @@ def _beat(parent: Connection) -> None:
         started = time.perf_counter()
         for _ in range(REPEATS):
             torch.mm(left, right)
-        parent.send(time.perf_counter() - started)
+        ended = time.perf_counter()
+        parent.send((ended, ended - started))
         time.sleep(BEAT_S)

@@ -86,7 +86,7 @@ class Replica:
         self.link_free_s = 0.0
         self.busy_s, self.steps = 0.0, 0
         self._timeline, self._listener, self._fast = timeline, listener, fast
-        self._host, self._computing = host, False
+        self._host = host
         self._version = 0
         self._step: MixedStep | None = None
         self._run: _Run | None = None
@@ -170,7 +170,7 @@ class Replica:
         self.alive = False
         self._version += 1
         self._step = self._run = None
-        self._rest()
+        self._host.rests(self)
 
     def outputs(self, request_id: str) -> int:
         """Output tokens of ``request_id`` so far."""
@@ -216,28 +216,16 @@ class Replica:
 
     def _begin(self, now_s: float) -> None:
         if self._fast and (run := self.scheduler.decode_run(now_s)) is not None:
-            self._compute()
             self._begin_run(run, now_s)
             return
         self.scheduler.mixed_tokens = self.meters.mixed_tokens
         step = self.scheduler.mixed(now_s) if self._fast else MixedStep(0, 0, self.scheduler.schedule(now_s))
         if not (step.decodes or step.slices):
-            self._rest()
+            self._host.rests(self)
             return
-        self._compute()
         self._step, self._started_s = step, now_s
         self._ends_s = self._end_s(step, now_s)
         self._expect(self._ends_s, self._end_step, now_s)
-
-    def _compute(self) -> None:
-        if not self._computing:
-            self._computing = True
-            self._host.began(self)
-
-    def _rest(self) -> None:
-        if self._computing:
-            self._computing = False
-            self._host.ended(self)
 
     def _expect(self, time_s: float, end: Callable[[float], None], started_s: float) -> None:
         self._version += 1
@@ -250,13 +238,16 @@ class Replica:
         self._timeline.at(time_s, Rank.STEP, fire)
 
     def _end_s(self, step: MixedStep, now_s: float) -> float:
-        chunks, decodes, context = [], step.decodes, step.context
+        chunks, decodes, context, prompts = [], step.decodes, step.context, 0
         for part in step.slices:
             if part.decode:
                 decodes, context = decodes + 1, context + part.start + part.count
             else:
                 chunks.append((part.start, part.count))
-        return now_s + self._host.factor * self.cost.sum_s(chunks, decodes, context)
+                prompts += part.samples
+        step_s = self.cost.sum_s(chunks, decodes, context)
+        self._host.computes(self, step_s, prompts=prompts, tokens=decodes + prompts)
+        return now_s + self._host.factor * step_s
 
     def _end_step(self, started_s: float) -> None:
         now_s = self._timeline.now_s
@@ -297,9 +288,11 @@ class Replica:
     # ---- runs of decode steps
 
     def _begin_run(self, run: DecodeRun, now_s: float) -> None:
-        steps = min(run.steps, self._ahead)
-        slowdown = self._host.factor
-        ends_s = decode_ends(self.cost, run.decodes, run.context, now_s=now_s, steps=steps, slowdown=slowdown)
+        steps, host = min(run.steps, self._ahead), self._host
+        if host.machine is not None:
+            host.computes(self, self.cost.decode_step_s(run.decodes, run.context), prompts=0, tokens=run.decodes)
+            steps = 1 if host.machine.token_s else steps  # of the longer steps that follow each wants a little less
+        ends_s = decode_ends(self.cost, run.decodes, run.context, now_s=now_s, steps=steps, slowdown=host.factor)
         self._ahead = min(2 * self._ahead, LOOKAHEAD_STEPS[1])
         self._run = _Run(now_s, ends_s)
         self._expect(ends_s[-1], self._end_run, now_s)

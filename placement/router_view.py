@@ -121,8 +121,7 @@ class RouterView:
                 if seen is None or now_s - seen.at_s >= LOAD_AGE_S:
                     seen = self._told(worker, role, lines)
                 views.append(seen.kept or seen.view(worker.name))
-                if seen.at_s < oldest_s:
-                    oldest_s = seen.at_s
+                oldest_s = min(oldest_s, seen.at_s)
             known = self._views[role] = _Views(workers, tuple(views), oldest_s)
         return known.views
 

@@ -83,7 +83,7 @@ class _Simulation:
         self._cluster, self._arrivals, self._fast = cluster, arrivals, fast
         self._block_tokens = block_tokens
         self._timeline = Timeline()
-        self._host = Host(cluster.slowdown)
+        self._host = Host(cluster.machine, self._timeline)
         self._made: list[Replica] = []
         self._pools: dict[Role, list[Replica]] = {"decode": self._workers("decode", cluster.decode)}
         if cluster.prefill is not None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from baton.config_admission import AdmissionConfig, ClassConfig
 from placement.cluster import Change, Cluster, Pool
+from placement.host import SharedMachine
 from placement.linear import LinearCost
 from placement.outcome import End, Outcome
 from placement.replica import EngineLimits
@@ -106,14 +107,16 @@ def test_every_request_ends_with_all_its_tokens_or_is_refused(
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(lengths=st.lists(LENGTHS, min_size=1, max_size=25), cost=COSTS, limits=LIMITS, split=st.booleans())
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=25), cost=COSTS, limits=LIMITS, split=st.booleans(),
+       token_s=st.sampled_from([0.0, 1e-3]))  # fmt: skip
 def test_runs_equal_single_steps_where_workers_slow_each_other(
-    *, lengths: list[tuple[float, int, int]], cost: LinearCost, limits: EngineLimits, split: bool
+    *, lengths: list[tuple[float, int, int]], cost: LinearCost, limits: EngineLimits, split: bool, token_s: float
 ) -> None:
     """But for the last bits: what ends at the same instant may do so in another order."""
     arrivals = [Arrival(0.11 * index, prompt, output) for index, (_, prompt, output) in enumerate(lengths)]
     pool = Pool(cost, 1 if split else 2, limits)
-    cluster = Cluster(decode=pool, prefill=pool if split else None, slowdown=(1.0, 1.37))
+    machine = SharedMachine(cores=2 / 1.37, request_s=10 * token_s, token_s=token_s)
+    cluster = Cluster(decode=pool, prefill=pool if split else None, machine=machine)
     fast, slow = simulate(cluster, arrivals), simulate(cluster, arrivals, fast=False)
     for ours, theirs in zip(fast.trips, slow.trips, strict=True):
         assert ours.end is theirs.end

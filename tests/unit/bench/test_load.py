@@ -131,9 +131,11 @@ async def test_a_sweep_writes_figures_and_picture(served: tuple[Paced, str], tmp
     machine = document["machine"]
     assert machine["cores"] >= 1
     assert machine["memory_gib"] > 0.0
+    assert document["at_rest"]["busy"] >= 0.0  # an idle machine may do less than its clock can tell
     for cores in (document["at_rest"], *(one["cores"] for one in document["runs"])):
-        assert 0.0 < cores["busy"] <= machine["cores"] * 1.05
+        assert cores["busy"] <= machine["cores"] * 1.05
         assert cores["stolen"] >= 0.0
+    assert all(one["cores"]["busy"] > 0.0 for one in document["runs"])
 
 
 async def test_an_interrupt_keeps_what_was_measured(served: tuple[Paced, str], tmp_path: Path) -> None:

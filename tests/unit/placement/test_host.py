@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from placement.cluster import Cluster, Pool
-from placement.host import Host
+from placement.host import Host, SharedMachine
 from placement.linear import LinearCost
 from placement.measure_beside import slowdown
 from placement.outcome import Outcome
@@ -21,7 +21,7 @@ def ends(outcome: Outcome) -> list[float]:
 
 
 def test_both_take_longer_while_both_compute_and_the_rest_alone() -> None:
-    cluster = Cluster(Pool(COST, 2, EngineLimits(step_tokens=1000)), slowdown=(1.0, 1.5))
+    cluster = Cluster(Pool(COST, 2, EngineLimits(step_tokens=1000)), machine=SharedMachine(cores=4 / 3))
     # Each prompt is one step of 0.11 s and 0.21 s alone. The shorter ends at 1.5 times its own; by then the longer has
     # done as much, and does the rest alone.
     outcome = simulate(cluster, [Arrival(0.0, 100, 1), Arrival(0.0, 200, 1)])
@@ -29,7 +29,7 @@ def test_both_take_longer_while_both_compute_and_the_rest_alone() -> None:
 
 
 def test_one_that_begins_during_anothers_step_stretches_its_rest() -> None:
-    cluster = Cluster(Pool(COST, 2, EngineLimits(step_tokens=1000)), slowdown=(1.0, 2.0))
+    cluster = Cluster(Pool(COST, 2, EngineLimits(step_tokens=1000)), machine=SharedMachine(cores=1.0))
     outcome = simulate(cluster, [Arrival(0.0, 200, 1), Arrival(0.1, 1, 1)])
     small_s = 2.0 * 0.011
     assert ends(outcome) == pytest.approx([0.21 + small_s / 2, 0.1 + small_s])
@@ -42,19 +42,42 @@ def test_machines_of_their_own_feel_nothing() -> None:
     assert ends(both) == pytest.approx([ends(one)[0] for one in alone])
 
 
-def test_the_last_factor_holds_for_more_workers() -> None:
-    class Idle:
-        def retime(self, ratio: float) -> None: ...
+class Tenant:
+    def __init__(self) -> None:
+        self.ratios: list[float] = []
 
-    host = Host((1.0, 1.5))
-    for _ in range(3):
-        host.began(Idle())
-    assert host.factor == 1.5
+    def retime(self, ratio: float) -> None:
+        self.ratios.append(ratio)
 
 
-def test_factors_must_be_positive() -> None:
+def test_what_more_want_than_there_is_takes_as_many_times_longer() -> None:
+    host, some = Host(SharedMachine(cores=2.0, pair=1.1)), [Tenant() for _ in range(3)]
+    factors = []
+    for tenant in some:
+        host.computes(tenant, 0.1, prompts=0, tokens=1)
+        factors.append(host.factor)
+    assert factors == pytest.approx([1.0, 1.1, 1.5 * 1.1])
+    assert some[0].ratios == pytest.approx([1.1, 1.5])
+    assert some[2].ratios == []
+    for tenant in some:
+        host.rests(tenant)
+    assert host.factor == 1.0
+
+
+def test_a_step_of_more_tokens_leaves_others_less() -> None:
+    host, one, other = Host(SharedMachine(cores=2.0, request_s=0.05, token_s=0.01)), Tenant(), Tenant()
+    host.computes(one, 0.1, prompts=0, tokens=1)
+    assert host.factor == 1.0  # one core, and a tenth of the other
+    host.computes(other, 0.1, prompts=1, tokens=4)
+    assert host.factor == pytest.approx((1.1 + 1.9) / 2)
+    assert one.ratios == pytest.approx([1.5])
+    host.computes(one, 0.1, prompts=0, tokens=1)  # as before: nobody feels it
+    assert other.ratios == []
+
+
+def test_a_machine_without_cores_is_refused() -> None:
     with pytest.raises(ValueError, match="positive"):
-        Host((1.0, 0.0))
+        SharedMachine(cores=0.0)
 
 
 def test_what_was_measured_as_faster_beside_another_is_noise() -> None:

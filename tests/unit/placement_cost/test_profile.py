@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from baton.errors import ConfigError
 from placement.cost import StepShape, step_s
+from placement.host import SharedMachine
 from placement.profile import CodecSpeed, Machine, Profile, ProfiledReplica, Serving, Speed, handoffs_of
 from placement.step_fit import Observation, StepFit, held_out, non_negative
 
@@ -190,7 +191,9 @@ def test_what_was_not_measured_is_named() -> None:
 
 def test_workers_share_what_is_left_of_the_machine() -> None:
     measured = replace(_profile(), threads=1, beside=1.1, machine=replace(_profile().machine, cores=2))
-    assert measured.slowdown(3) == pytest.approx((1.0, 1.1, 1.5 * 1.1))
-    assert measured.slowdown(2, taken_cores=0.4) == pytest.approx((1.0, 1.1 * 2 / 1.6))
+    assert measured.shared() == SharedMachine(2.0, threads=1, pair=1.1)
+    assert measured.shared(0.4, token_s=1e-3) == SharedMachine(1.6, threads=1, pair=1.1, token_s=1e-3)
+    crowded = replace(measured, threads=2, beside=2.4)  # of which two threads on each core explain a factor of two
+    assert crowded.shared().pair == pytest.approx(1.2)
     with pytest.raises(ConfigError, match="leave none"):
-        measured.slowdown(2, taken_cores=2.0)
+        measured.shared(2.0)
