@@ -57,7 +57,7 @@ def compare(
     """
     documents = [{**one, "errands": errands} for one, errands in zip(documents, _errands(documents), strict=True)]
     for setting, repeats in _by_setting(documents).items():
-        curves: dict[str, list[tuple[float, float]]] = {"measured": [], "predicted": []}
+        curves: dict[str, list[Point]] = {"measured": [], "predicted": []}
         for rate, runs in _by_rate(repeats).items():
             quiet = [(document, run) for document, run in runs if not disturbance(run)]
             for _, run in runs:
@@ -67,9 +67,9 @@ def compare(
                 continue
             row = _row(profile, quiet, settings)
             for name, curve in curves.items():
-                curve.append((rate, row["attainment"][name]))
+                curve.append((rate, row["attainment"][name], row["requests"]))
             yield {**setting.row, "rate": rate, **row}
-        true, guess = (crossing(curves[name]) for name in ("measured", "predicted"))
+        true, guess = (crossing(falling(curves[name])) for name in ("measured", "predicted"))
         error = guess / true - 1 if guess and true else None
         yield {**setting.row, "goodput": {"measured": true, "predicted": guess, "error": error}}
 
@@ -116,6 +116,7 @@ class _Setting:
         return {"pools": dict(self.pools), "prompt": self.prompt, "output": self.output}
 
 
+Point = tuple[float, float, int]  # a rate, the share that met the objective, and of how many requests
 Run = tuple[Mapping[str, Any], Mapping[str, Any]]  # the document, and one of its runs
 
 
@@ -236,6 +237,20 @@ def _arrivals(document: Mapping[str, Any], run: Mapping[str, Any], settings: con
     rate = run["rate_per_s"] if chosen.rate or chosen.sweep else None
     planned = goodput.plan(chosen, rate, settings.model.max_context)
     return [Arrival(one.at_s, one.prompt_tokens, one.output_tokens) for one in planned]
+
+
+def falling(curve: Sequence[Point]) -> list[tuple[float, float]]:
+    """Attainment by rate, made to fall: where more requests a second did better by chance, those rates count as one.
+
+    Pool adjacent violators (Ayer et al. 1955), weighted by requests.
+    """
+    blocks: list[tuple[float, int, list[float]]] = []
+    for rate, share, requests in sorted(curve):
+        blocks.append((share, requests, [rate]))
+        while len(blocks) > 1 and blocks[-2][0] < blocks[-1][0]:
+            (one, some, rates), (other, more, rest) = blocks[-2:]
+            blocks[-2:] = [((one * some + other * more) / (some + more), some + more, rates + rest)]
+    return [(rate, share) for share, _, rates in blocks for rate in rates]
 
 
 def crossing(curve: Sequence[tuple[float, float]], share: float = 0.9) -> float | None:

@@ -70,7 +70,7 @@ class Entry:
         for one in dropped:
             self._turns[one.claim.number].overtaken = True  # by this one: no prediction was wrong
         self._drop(dropped)
-        self._advance()
+        self._advance(None if dropped else seen)
 
     def first_token(self, number: int) -> None:
         turn, now_s = self._turns[number], self._timeline.now_s
@@ -96,12 +96,12 @@ class Entry:
 
     # ---- the line
 
-    def _advance(self) -> None:
-        """Sends away whoever came too late, and lets in whoever's turn it is."""
+    def _advance(self, seen: Outlook | None = None) -> None:
+        """Sends away whoever came too late, and lets in whoever's turn it is. ``seen``: the outlook, if it is known."""
         admission, now_s = self._admission, self._timeline.now_s
         if not admission.waiting:
             return
-        seen = self._outlook()
+        seen = seen or self._outlook()
         self._drop(admission.overdue(seen, now_s))
         taken = []
         while (claim := admission.take(seen, now_s)) is not None:

@@ -31,11 +31,14 @@ from placement.step_fit import Observation
 ROUNDS = 3
 DECODE_STEPS = 4  # of one batch: the first is dropped (cold pages), the median of the others is one measurement
 CHUNKS = (512, 256, 128, 64, 16)
-PROMPTS = (1, 2, 4, 8, 12, 24, 48, 96, 160, 200, 300, 400)
+PROMPTS = (1, 2, 4, 8, 12, 24, 32, 48, 96, 160, 200, 300, 400)
 PACKED = ((2, 200), (4, 100), (8, 50), (16, 25))  # prompts per step, tokens each
 BATCHES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXTS = (24, 160, 600, 1800)
-MIXED = ((3, 120, 80), (2, 900, 100), (4, 300, 250), (8, 600, 400), (16, 300, 200), (32, 160, 350), (48, 300, 60))
+MIXED = (  # decodes, their contexts, prompt tokens
+    (3, 120, 80), (2, 900, 100), (4, 300, 250), (8, 600, 400), (16, 300, 200), (32, 160, 350), (48, 300, 60),
+    (1, 160, 16), (3, 160, 16), (6, 160, 16), (1, 160, 32), (3, 400, 32), (6, 160, 32), (4, 300, 48),  # engine.pace's
+)  # fmt: skip
 RAGGED = (4, 8, 16, 32)  # decodes whose contexts spread from RAGGED_SPAN[0] to RAGGED_SPAN[1]
 RAGGED_SPAN = (32, 1000)
 

@@ -23,7 +23,7 @@ from engine.model import Model
 from placement.cost import StepShape
 from placement.measure import DECODE_STEPS, Scenario, Watch, pool_for, run_scenario
 
-TURNS = 3
+TURNS = 7
 READY_S = 120.0  # to load the model once more
 SCENARIOS = (
     Scenario(512, (), (160,)),
@@ -87,9 +87,8 @@ class _Bench:
 
 
 def _compare(bench: _Bench, computing: Event) -> float:
-    """The geometric mean over the scenarios of how much longer each takes."""
-    alone: dict[Scenario, list[float]] = {scenario: [] for scenario in bench.scenarios}
-    beside: dict[Scenario, list[float]] = {scenario: [] for scenario in bench.scenarios}
+    """How much longer the scenarios take."""
+    alone, beside = list[list[float]](), list[list[float]]()  # by turn and scenario
     for scenario in bench.scenarios:
         bench.seconds(scenario)  # warm
     for _ in range(TURNS):
@@ -99,16 +98,20 @@ def _compare(bench: _Bench, computing: Event) -> float:
             else:
                 computing.clear()
                 bench.seconds(bench.scenarios[0])  # lets the other one end its step
-            for scenario in bench.scenarios:
-                times[scenario].append(bench.seconds(scenario))
-    return slowdown(
-        [statistics.median(alone[s]) for s in bench.scenarios], [statistics.median(beside[s]) for s in bench.scenarios]
+            times.append([bench.seconds(scenario) for scenario in bench.scenarios])
+    return slowdown(alone, beside)
+
+
+def slowdown(alone: Sequence[Sequence[float]], beside: Sequence[Sequence[float]]) -> float:
+    """The geometric mean of a turn's ratios, since the machine drifts from turn to turn; of these the median.
+
+    At least 1: what remains below it is noise.
+    """
+    turns = (
+        math.exp(statistics.fmean(math.log(b / a) for a, b in zip(one, other, strict=True)))
+        for one, other in zip(alone, beside, strict=True)
     )
-
-
-def slowdown(alone: Sequence[float], beside: Sequence[float]) -> float:
-    """The geometric mean of the ratios, at least 1: what remains below it is noise."""
-    return max(1.0, math.exp(statistics.fmean(math.log(b / a) for a, b in zip(alone, beside, strict=True))))
+    return max(1.0, statistics.median(turns))
 
 
 def _compute(parent: Connection, computing: Event, stop: Event, worker: Worker) -> None:

@@ -17,7 +17,7 @@ from placement.handoff_cost import HandoffCost, choose
 from placement.host import SharedMachine
 from placement.step_fit import LEAST_STEPS, Observation, fitted, rows
 
-FORM = 1
+FORM = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,6 @@ class Serving:
     """Seconds that a worker adds to its engine's steps; ``placement.measure_served`` measures them on real workers."""
 
     chunk_s: float = 0.0  # a chunk of prompt whose KV leaves behind it, layer by layer
-    token_s: float = 0.0  # and each of its tokens
     step_s: float = 0.0  # a step whose tokens go to clients
 
 
@@ -196,7 +195,7 @@ class ProfiledReplica:
         fit, serving = self.fit, self.profile.serving
         rows, seconds = batch, fit.base_s + fit.chunk_s * len(chunks)
         if self._sends:
-            seconds += serving.chunk_s * len(chunks) + serving.token_s * sum(count for _, count in chunks)
+            seconds += serving.chunk_s * len(chunks)
         else:
             seconds += serving.step_s
         for start, count in chunks:

@@ -176,8 +176,8 @@ def _summary(measured: Profile, output: Path) -> None:
     fit = StepFit.of(measured.steps)
     print(f"beside     another worker that computes, a step takes {measured.beside:.2f} times as long")
     added = measured.serving
-    print(f"serving    adds {1e3 * added.chunk_s:.0f} ms and {1e6 * added.token_s:.0f} us a token to a chunk whose KV "
-          f"leaves behind it, {1e3 * added.step_s:.1f} ms to a step of a decode worker")  # fmt: skip
+    print(f"serving    adds {1e3 * added.chunk_s:.0f} ms to a chunk whose KV leaves behind it, "
+          f"{1e3 * added.step_s:.1f} ms to a step of a decode worker")  # fmt: skip
     print(f"steps      {len(measured.steps)} shapes; held out: {held_out(measured.steps)}")
     print(f"decode     {1e3 * (fit.base_s + fit.decode_s + fit.rows_s(1)):.1f} ms for one, "
           f"{1e3 * (fit.base_s + 32 * fit.decode_s + fit.rows_s(32)):.1f} ms for 32, "

@@ -84,6 +84,22 @@ def test_repeats_are_taken_together_and_a_slower_machine_is_allowed_for(
     assert slow["ttft_p50"]["error"] > 0.1 > abs(slow["ttft_p50"]["as_profiled"])
 
 
+def test_attainment_that_rises_by_chance_is_taken_together() -> None:
+    curve = [(0.4, 1.0, 64), (0.5, 0.84, 64), (0.6, 1.0, 32), (0.7, 0.7, 64), (0.8, 0.8, 64)]
+    both, rest = (0.84 * 64 + 32) / 96, 0.75
+    assert plan_reality.falling(curve) == [(0.4, 1.0), (0.5, both), (0.6, both), (0.7, rest), (0.8, rest)]
+    assert plan_reality.crossing(plan_reality.falling(curve)) == pytest.approx(0.4 + 0.1 * 0.1 / (1.0 - both))
+    assert plan_reality.falling([(1.0, 0.9, 1), (2.0, 0.5, 1)]) == [(1.0, 0.9), (2.0, 0.5)]
+
+
+def test_the_course_of_a_run_is_told_in_its_own_pulse(profile: Profile, document: dict[str, Any]) -> None:
+    run = document["runs"][0]
+    run["course"] = [[-0.2, 0.003], [4.0, 0.006]]
+    assert plan_reality._course(run) == ((0.0, 1.0), (4.0, 2.0))
+    slow, *_ = plan_reality.compare(profile, [document], Config())
+    assert slow["ttft_p50"]["error"] > 0.1 > abs(slow["ttft_p50"]["as_profiled"])
+
+
 def test_a_disturbed_run_is_named_and_not_compared(profile: Profile, document: dict[str, Any]) -> None:
     document["runs"][0]["cores"]["others"] = 0.3
     disturbed, fast, goodput_row = plan_reality.compare(profile, [document], Config())

@@ -75,11 +75,22 @@ def test_a_step_of_more_tokens_leaves_others_less() -> None:
     assert other.ratios == []
 
 
+def test_a_step_feels_that_the_machine_becomes_slower_under_way() -> None:
+    machine = SharedMachine(cores=2.0, course=((0.0, 1.0), (0.1, 2.0), (0.5, 0.5)))
+    outcome = simulate(Cluster(Pool(COST, 1, EngineLimits(step_tokens=1000)), machine=machine), [
+        Arrival(0.0, 200, 1),  # 0.21 s alone: 0.1 of them at once, the rest twice as slowly
+        Arrival(0.4, 200, 1),  # 0.05 of them by 0.5 s, the rest twice as fast
+    ])  # fmt: skip
+    assert ends(outcome) == pytest.approx([0.1 + 0.22, 0.5 + 0.08])
+
+
 def test_a_machine_without_cores_is_refused() -> None:
     with pytest.raises(ValueError, match="positive"):
         SharedMachine(cores=0.0)
 
 
 def test_what_was_measured_as_faster_beside_another_is_noise() -> None:
-    assert slowdown([1.0, 2.0], [0.9, 1.9]) == 1.0
-    assert slowdown([1.0, 1.0], [2.0, 0.5 * 2.0]) == pytest.approx(2.0**0.5)
+    assert slowdown([[1.0, 2.0]], [[0.9, 1.9]]) == 1.0
+    assert slowdown([[1.0, 1.0]], [[2.0, 0.5 * 2.0]]) == pytest.approx(2.0**0.5)
+    drifts = slowdown([[1.0], [2.0], [4.0]], [[1.1], [2.2], [9.0]])  # of one turn something else was in the way
+    assert drifts == pytest.approx(1.1)

@@ -86,8 +86,8 @@ def test_file_round_trip(tmp_path: Path) -> None:
 
 def test_file_without_what_serving_adds_is_of_an_older_day(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
-    replace(_profile(), serving=Serving(0.03, 1e-5, 1e-3), pulse_s=0.003).save(file)
-    assert Profile.load(file).serving == Serving(0.03, 1e-5, 1e-3)
+    replace(_profile(), serving=Serving(0.03, 1e-3), pulse_s=0.003).save(file)
+    assert Profile.load(file).serving == Serving(0.03, 1e-3)
     tree = json.loads(file.read_text())
     del tree["serving"], tree["pulse_s"]
     file.write_text(json.dumps(tree))
@@ -95,7 +95,7 @@ def test_file_without_what_serving_adds_is_of_an_older_day(tmp_path: Path) -> No
 
 
 def test_a_slower_machine_takes_longer_for_everything() -> None:
-    day = replace(_profile(), serving=Serving(0.03, 1e-5, 1e-3), pulse_s=0.003)
+    day = replace(_profile(), serving=Serving(0.03, 1e-3), pulse_s=0.003)
     step, replicas = StepShape(((0, 100),), (50, 60)), []
     for profile in (day, day.at(0.0036)):
         replicas.append(ProfiledReplica(profile, codec="raw", transport="tcp", kv_tokens=1, sends=True))
@@ -107,7 +107,7 @@ def test_a_slower_machine_takes_longer_for_everything() -> None:
 
 
 def test_serving_adds_to_the_steps_of_either_kind_of_worker() -> None:
-    profile = replace(_profile(), serving=Serving(0.03, 1e-5, 1e-3))
+    profile = replace(_profile(), serving=Serving(0.03, 1e-3))
     decode, prefill = (
         ProfiledReplica(profile, codec="raw", transport="tcp", kv_tokens=1, sends=sends) for sends in (False, True)
     )
@@ -115,7 +115,7 @@ def test_serving_adds_to_the_steps_of_either_kind_of_worker() -> None:
         StepShape(((0, 100), (20, 50)), ()),
         ProfiledReplica(_profile(), codec="raw", transport="tcp", kv_tokens=1),
     )
-    assert step_s(prefill, step) - step_s(plain, step) == pytest.approx(2 * 0.03 + 150 * 1e-5)
+    assert step_s(prefill, step) - step_s(plain, step) == pytest.approx(2 * 0.03)
     assert step_s(decode, step) - step_s(plain, step) == pytest.approx(1e-3)
     assert decode.decode_step_s(3, 300) - plain.decode_step_s(3, 300) == pytest.approx(1e-3)
 

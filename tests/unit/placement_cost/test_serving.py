@@ -12,20 +12,27 @@ from engine.build import load_model
 from placement import measure_served
 from placement.measure_served import Served, serving
 from placement.profile import Serving
-from placement.pulse import Pulse
+from placement.pulse import STRIDE_S, Pulse, course
 
 
-def test_a_line_goes_through_what_two_lengths_took_longer() -> None:
-    found = serving({20: [Served(0.03, 0.001)] * 3, 120: [Served(0.05, 0.002)] * 2 + [Served(9.0, 0.001)]})
-    assert found.chunk_s == pytest.approx(0.026)
-    assert found.token_s == pytest.approx(0.0002)
-    assert found.step_s == 0.001
+def test_serving_is_what_most_requests_took_longer() -> None:
+    found = serving([*[Served(0.03, 0.001)] * 2, Served(9.0, 0.001), *[Served(0.028, 0.002)] * 2])
+    assert found == Serving(chunk_s=0.03, step_s=0.001)
 
 
 def test_what_was_faster_in_a_worker_is_noise() -> None:
-    falling = serving({20: [Served(0.03, -0.001)], 120: [Served(0.01, -0.002)]})
-    assert falling == Serving(chunk_s=0.02, token_s=0.0, step_s=0.0)
-    assert serving({20: [Served(-0.2, 0.0)], 120: [Served(-0.1, 0.0)]}).chunk_s == 0.0
+    assert serving([Served(-0.2, -0.001)] * 3) == Serving()
+
+
+def test_a_course_follows_the_machine_and_no_single_beat() -> None:
+    beats = [(100.0 + 0.25 * n, 0.003 if n < 80 else 0.004) for n in range(160)]  # slower from 120 s on
+    beats[20] = (beats[20][0], 0.3)
+    found = course(beats)
+    assert [at_s for at_s, _ in found] == pytest.approx([100.0 + STRIDE_S * n for n in range(20)])
+    assert {seconds for at_s, seconds in found if at_s < 116.0} == {0.003}
+    assert {seconds for at_s, seconds in found if at_s > 122.0} == {0.004}
+    assert course([]) == []
+    assert course(beats[:1]) == beats[:1]
 
 
 def test_a_pulse_beats_until_it_is_closed() -> None:
@@ -45,5 +52,5 @@ def test_real_workers_serve_what_is_compared(model_folder: Path, monkeypatch: py
         {"model": {"dtype": "float32", "max_context": 256}, "handoff": {"transport": "tcp"}}
     )
     added = measure_served.measure_served(load_model(model_folder, "float32", 1), model_folder, settings)
-    assert 0 <= added.chunk_s + 32 * added.token_s < 5
+    assert 0 <= added.chunk_s < 5
     assert 0 <= added.step_s < 5
