@@ -32,14 +32,21 @@ SERIAL = Serial()
 
 
 def together(stories: Iterable[Story]) -> None:
-    """Runs every story to its end, each as soon as what it waits for is there. Raises what a story raises."""
+    """Runs every story to its end, each as soon as what it waits for is there.
+
+    Raises what a story raises; what others wait for then is not begun any more.
+    """
     waiting: dict[Story, Collection[Future[Any]]] = dict.fromkeys(stories, ())
-    while waiting:
-        for story in [story for story, futures in waiting.items() if all(future.done() for future in futures)]:
-            try:
-                waiting[story] = next(story)
-            except StopIteration:
-                del waiting[story]
-        pending = [future for futures in waiting.values() for future in futures if not future.done()]
-        if pending and all(any(not future.done() for future in futures) for futures in waiting.values()):
-            wait(pending, return_when=FIRST_COMPLETED)
+    try:
+        while waiting:
+            for story in [story for story, futures in waiting.items() if all(map(Future.done, futures))]:
+                try:
+                    waiting[story] = next(story)
+                except StopIteration:
+                    del waiting[story]
+            if not any(all(map(Future.done, futures)) for futures in waiting.values()):
+                wait([f for futures in waiting.values() for f in futures if not f.done()], return_when=FIRST_COMPLETED)
+    finally:
+        for futures in waiting.values():
+            for future in futures:
+                future.cancel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import pytest
 
@@ -55,6 +55,29 @@ def test_a_failure_is_raised_where_it_is_read() -> None:
 
     with pytest.raises(ValueError, match="invalid literal"):
         together([story()])
+
+
+def test_what_others_wait_for_is_not_begun_after_a_failure() -> None:
+    running, ended = threading.Event(), threading.Event()
+    queued = list[Future[int]]()
+
+    def first(executor: Executor) -> Story:
+        yield [executor.submit(lambda: running.set() or ended.wait(20.0))]
+
+    def second(executor: Executor) -> Story:
+        running.wait(20.0)
+        queued.append(executor.submit(int))
+        yield queued
+
+    def third() -> Story:
+        yield []
+        raise RuntimeError("interrupted")
+
+    with ThreadPoolExecutor(1) as executor:
+        with pytest.raises(RuntimeError, match="interrupted"):
+            together([first(executor), second(executor), third()])
+        ended.set()
+    assert queued[0].cancelled()
 
 
 def test_a_story_without_waits_and_none_at_all_end() -> None:
