@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,8 @@ def restricted(requests: int, seed: int) -> dict[str, float]:
         figures[name] = min(16.0, rate_at(decode_alone(way(tp, pp).pool(1), trial)) / tp / pp)
     pairs = [(way(1, 1), way(1, 1)), (way(2, 1), way(2, 1)), (way(2, 1), way(1, 2)), (way(2, 1), way(1, 1))]
     figures["split, best"] = max(
-        rate_at(improve(Composition(d, 1, p, 1).cluster, trial, guess=2.0)) / (p.gpus + d.gpus) for p, d in pairs
+        rate_at(improve(replace(Composition(d, 1, p, 1).cluster, paired=True), trial, guess=2.0)) / (p.gpus + d.gpus)
+        for p, d in pairs
     )
     for tp in (1, 2):
         cluster = Cluster(way(tp, 1, "vllm").pool(1))

@@ -31,8 +31,9 @@ class Pool:
 class Cluster:
     """Both pools; without ``prefill`` the decode workers compute whole sequences. ``attempts``: tries per request.
 
-    ``admission``: None sends every request to the workers as it comes. ``machine``: where all workers are on one,
-    see :mod:`placement.host`; None: each has its own.
+    ``paired``: as in DistServe's simulator request n goes to the n-th pair of workers in turn, and its prefill does not
+    wait for the decode worker to take it in between two steps. ``admission``: None sends every request to the workers
+    as it comes. ``machine``: where all workers are on one, see :mod:`placement.host`; None: each has its own.
     """
 
     decode: Pool
@@ -44,7 +45,7 @@ class Cluster:
     local_prefill: bool = False  # decode workers compute prompts where that is sooner (router.policy)
     admission: AdmissionConfig | None = None
     machine: SharedMachine | None = None
-    paired: bool = False  # request n goes to the n-th pair of workers in turn (DistServe's 1:1 pairing)
+    paired: bool = False
 
     @property
     def gpus(self) -> int:

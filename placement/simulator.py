@@ -176,7 +176,8 @@ class _Simulation:
             raise Overloaded("the line for pages is full")
         line.append(flight)
         if len(line) == 1:
-            self._timeline.at(flight.decode.next_call_s, Rank.NEWS, partial(self.freed, flight.decode))
+            at_s = self._timeline.now_s if self._cluster.paired else flight.decode.next_call_s
+            self._timeline.at(at_s, Rank.NEWS, partial(self.freed, flight.decode))
 
     def freed(self, replica: Replica) -> None:
         """Whoever is first in the line for this worker's pages tries again."""

@@ -55,6 +55,14 @@ def test_decodes_share_steps() -> None:
     assert outcome.workers["decode-0000"].steps < 60
 
 
+def test_prefill_waits_for_the_decode_workers_step_but_not_in_pairs() -> None:
+    slow = LinearCost(base_s=0.2, prefill_token_s=0.0, sequence_s=0.0, context_token_s=0.0)
+    for paired, wait_s in ((False, 0.16), (True, 0.0)):
+        cluster = Cluster(Pool(slow, 1), Pool(COST, 1), paired=paired)
+        second = run(cluster, (0.0, 100, 9), (0.15, 100, 2)).trips[1]  # the first decodes from 0.11 s on, 0.2 s a step
+        assert second.ttft_s == pytest.approx(0.11 + wait_s)
+
+
 def test_a_request_that_never_fits_is_refused_and_the_rest_goes_on() -> None:
     small = LinearCost(0.01, 0.001, 0.0, 0.0, capacity_tokens=160)
     outcome = run(Cluster(Pool(small, 1), Pool(COST, 1)), (0.0, 200, 5), (0.1, 100, 5))
