@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import statistics
 import time
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from baton.wire import inference_pb2 as pb
 from bench import errands, machine
 from bench.load import Target
-from placement.pulse import Pulse, course
+from placement.pulse import Pulse, course, usual
 
 LOCAL = ("127.0.0.1", "localhost")
 
@@ -56,6 +55,6 @@ class Host:
         beats = self._pulse.beats()
         return {
             "cores": cores,
-            "pulse_s": statistics.median([seconds for _, seconds in beats]),
+            "pulse_s": usual(beats),
             "course": [(round(at_s - self._begun_s, 3), seconds) for at_s, seconds in course(beats)],
         }

@@ -47,7 +47,7 @@ class _Batch:
     context: int = 0  # sum of their known tokens
     paid: int = 0  # pages are there for all steps before this one
     joined: dict[Sequence, int] = field(default_factory=dict)
-    fills: list[int] = field(default_factory=list)  # how many take a page before the n-th step, modulo a page's tokens
+    fills: list[int] = field(init=False)  # how many take a page before the n-th step, modulo a page's tokens
     ends: list[tuple[int, tuple[int, int], Sequence]] = field(default_factory=list)  # a heap of when they are done
     fresh: list[Sequence] = field(default_factory=list)  # without a first token from here
     pages: list[int] = field(default_factory=list)  # taken for steps that sequences have not been told of

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from baton.errors import ConfigError
-from placement.cost import StepShape, step_s
 from placement.handoff_cost import HandoffCost
 
 CAPACITY_FILE = "max_num_tokens.csv"
@@ -71,7 +70,7 @@ class OptFit:
         return self.tp * self.pp
 
     def sum_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_sum: int) -> float:
-        """Through all pipeline stages; with several steps in flight one ends every :meth:`stage_s`."""
+        """Through all pipeline stages."""
         if not chunks:
             return self.decode_step_s(batch, context_sum)
         base, per_token, per_square = self.prefill_ms
@@ -82,9 +81,6 @@ class OptFit:
             return prefill_ms / 1e3
         decode_ms = 1e3 * self.decode_step_s(batch, context_sum)
         return (prefill_ms + decode_ms - min(base, self._regime(batch)[0])) / 1e3
-
-    def stage_s(self, step: StepShape) -> float:
-        return step_s(self, step) / self.pp
 
     def decode_step_s(self, batch: int, context_sum: int) -> float:
         if not batch:

@@ -47,7 +47,9 @@ class Host:
     """Without ``machine`` every worker has one of its own, and nobody feels another."""
 
     def __init__(self, machine: SharedMachine | None = None, timeline: Timeline | None = None) -> None:
-        """``timeline``: needed to follow a machine's course."""
+        """``timeline``: where a machine has a course, which it then follows."""
+        if machine is not None and machine.course and timeline is None:
+            raise ValueError("a course needs a timeline")
         self.machine = machine
         self.factor = 1.0  # what a step takes now, in what it takes alone
         self._wanted: dict[Tenant, float] = {}  # cores, by who is in a step

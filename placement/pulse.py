@@ -54,7 +54,7 @@ class Pulse:
 
     def read(self) -> float:
         """Median seconds of the beats since the last reading; as :meth:`beats`."""
-        return statistics.median([seconds for _, seconds in self.beats()])
+        return usual(self.beats())
 
     def beats(self) -> list[Beat]:
         """Those since the last reading; waits for one if there were none.
@@ -69,6 +69,11 @@ class Pulse:
         return beats
 
 
+def usual(beats: Sequence[Beat]) -> float:
+    """Median seconds."""
+    return statistics.median([seconds for _, seconds in beats])
+
+
 def course(beats: Sequence[Beat]) -> list[Beat]:
     """The pulse from each of these times on: every :data:`STRIDE_S` the median of the :data:`WINDOW_S` around it."""
     if not beats:
@@ -77,9 +82,9 @@ def course(beats: Sequence[Beat]) -> list[Beat]:
     found = []
     for stride in range(int((last_s - first_s) / STRIDE_S) + 1):
         at_s = first_s + stride * STRIDE_S
-        near = [seconds for when_s, seconds in beats if abs(when_s - at_s - STRIDE_S / 2) <= WINDOW_S / 2]
+        near = [beat for beat in beats if abs(beat[0] - at_s - STRIDE_S / 2) <= WINDOW_S / 2]
         if near:
-            found.append((at_s, statistics.median(near)))
+            found.append((at_s, usual(near)))
     return found
 
 

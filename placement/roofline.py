@@ -32,7 +32,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from baton.errors import ConfigError
-from placement.cost import StepShape, step_s
 from placement.grids import Estimate, Floats, rising
 from placement.handoff_cost import HandoffCost
 from placement.hardware import Hardware
@@ -110,7 +109,7 @@ class GpuReplica:
         return self.tp * self.pp
 
     def sum_s(self, chunks: Sequence[tuple[int, int]], batch: int, context_sum: int) -> float:
-        """Through all pipeline stages; with several steps in flight one ends every :meth:`stage_s`."""
+        """Through all pipeline stages."""
         if not chunks:
             return self.decode_step_s(batch, context_sum)
         tokens = batch
@@ -123,10 +122,6 @@ class GpuReplica:
         if not batch:
             return 0.0
         return self._host_s + self._tokens(batch) + self._decode(batch, context_sum) + self._head(batch)
-
-    def stage_s(self, step: StepShape) -> float:
-        """Seconds between two steps where each stage works on another one."""
-        return step_s(self, step) / self.pp
 
     def transfer_s(self, tokens: int) -> float:
         return self.handoff.serial_s(tokens)

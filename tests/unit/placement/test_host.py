@@ -87,6 +87,8 @@ def test_a_step_feels_that_the_machine_becomes_slower_under_way() -> None:
 def test_a_machine_without_cores_is_refused() -> None:
     with pytest.raises(ValueError, match="positive"):
         SharedMachine(cores=0.0)
+    with pytest.raises(ValueError, match="timeline"):
+        Host(SharedMachine(cores=1.0, course=((0.0, 1.0),)))
 
 
 def test_what_was_measured_as_faster_beside_another_is_noise() -> None:

@@ -58,7 +58,6 @@ def test_handoff_is_a_term_of_its_own() -> None:
     assert fit.transfer_s(100) == pytest.approx(0.1)
     # Prefill of 100 tokens takes 30.1 ms, so the wire falls behind by 69.9 ms in nine of ten layers.
     assert fit.exposed_transfer_s(100) == pytest.approx(0.01 + (0.1 - 0.0301) * 0.9)
-    assert fit.stage_s(StepShape((), (10,))) == pytest.approx(step_s(fit, StepShape((), (10,))) / 2)
 
 
 def test_published_opt_13b(data: Path) -> None:

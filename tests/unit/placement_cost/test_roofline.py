@@ -116,11 +116,10 @@ def test_tensor_ranks_speed_up_less_than_their_number() -> None:
         assert all(b < a < 2 * b for a, b in pairwise(seconds))
 
 
-def test_pipeline_adds_sends_to_a_step_and_divides_the_interval() -> None:
+def test_pipeline_adds_sends_to_a_step() -> None:
     step = StepShape(((0, 1000),), ())
     straight, staged = replica(LLAMA_8B, H200), replica(LLAMA_8B, H200, pp=4)
     assert step_s(straight, step) < step_s(staged, step) < 1.05 * step_s(straight, step)
-    assert staged.stage_s(step) == pytest.approx(step_s(staged, step) / 4)
     assert staged.gpus == 4
     assert staged.kv_tokens() > 4 * straight.kv_tokens()
 
